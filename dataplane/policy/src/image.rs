@@ -1,0 +1,79 @@
+//! What the tables should hold: the result of lowering, and the thing that engines compare with what they do hold.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use sluice_pipeline::tables::{
+    FloodChunk, FloodKey, IpGuardKey, MacKey, PortConfig, RuleKey, SwitchConfig, TrunkBitmap, Tuple,
+};
+
+use crate::config::Hook;
+
+/// A port's interface as the kernel engine found it. What is absent is pending.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Binding {
+    /// Interface index in the daemon's network namespace.
+    pub ifindex: u32,
+    /// A veth whose other end is in another network namespace: `bpf_redirect_peer` works.
+    pub peer_redirect: bool,
+    /// Redirected XDP frames are accepted.
+    pub xdp_target: bool,
+}
+
+/// Bindings by the port's name in [`Ids::ports`](crate::ids::Ids::ports).
+pub type Bindings = BTreeMap<String, Binding>;
+
+/// A port's entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortImage {
+    /// Its name in [`Ids::ports`](crate::ids::Ids::ports).
+    pub name: String,
+    /// The interface that it is, or will be, bound to.
+    pub netdev: String,
+    /// Wanted hook.
+    pub hook: Hook,
+    /// The other end is known to send full checksums.
+    pub full_checksums: bool,
+    /// Configuration.
+    pub config: PortConfig,
+    /// VLAN bitmap; all zero unless the port is a trunk.
+    pub trunk: TrunkBitmap,
+}
+
+/// What a rule does, without the versions that the engine adds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RuleImage {
+    /// See [`RuleSlot::rank`](sluice_pipeline::tables::RuleSlot::rank).
+    pub rank: u32,
+    /// Index of its counters.
+    pub counter: u32,
+    /// From [`acl_action`](sluice_pipeline::tables::acl_action).
+    pub action: u8,
+}
+
+/// A group of rules.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GroupImage {
+    /// Tuples by direction, best rank first.
+    pub tuples: [Vec<Tuple>; 2],
+    /// Rules.
+    pub rules: BTreeMap<RuleKey, RuleImage>,
+}
+
+/// All tables of a host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Image {
+    /// Ports by id.
+    pub ports: BTreeMap<u32, PortImage>,
+    /// Port ids by interface index, of the ports that are bound.
+    pub ifindexes: BTreeMap<u32, u32>,
+    /// Switches by id.
+    pub switches: BTreeMap<u32, SwitchConfig>,
+    /// Static addresses.
+    pub macs: BTreeMap<MacKey, u32>,
+    /// IP guard.
+    pub ip_guard: BTreeSet<IpGuardKey>,
+    /// Flood lists.
+    pub flood: BTreeMap<FloodKey, FloodChunk>,
+    /// ACL groups by id.
+    pub groups: BTreeMap<u32, GroupImage>,
+}

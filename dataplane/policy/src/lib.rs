@@ -1,0 +1,12 @@
+//! What Sluice is asked to do, without any way to do it: policy types, their validation, the oracle that says what
+//! must happen to a packet, and lowering to the tables that make it happen.
+//!
+//! Everything here is pure: no clock, no file, no socket. Data flows one way:
+//! [`config`] → [`validate`](mod@validate) → [`lower`](mod@lower) → [`image`]; and, apart from it, [`config`] → [`oracle`].
+
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod ids;
+pub mod image;
+pub mod net;

@@ -1,0 +1,423 @@
+//! The stages in order: what happens to a frame between the port it came from and the ports it leaves by.
+
+use crate::acl;
+use crate::guard;
+use crate::parse::{Frame, Headers, Tag, parse};
+use crate::reason::DropReason;
+use crate::tables::{
+    AclVerdict, Direction, FLOOD_CHUNK, FLOOD_CHUNKS_MAX, FLOOD_TRUNKS, FLOOD_UNKNOWN, FdbKey, FloodChunk,
+    FloodKey, LoopBody, MacKey, NO_RULE, PortConfig, Tables, Vlan, acl_action, port_flag,
+};
+use crate::vlan;
+
+/// The stages, as [`Tables::stage`] hears of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Stage {
+    /// 1. Headers are parsed.
+    Parse,
+    /// 2. The ingress port must be up.
+    PortState,
+    /// 3. MAC guard.
+    MacGuard,
+    /// 4. IP guard.
+    IpGuard,
+    /// 5. VLAN classification.
+    Vlan,
+    /// 6. DHCP and RA guard.
+    Guards,
+    /// 7. ACL from-vm.
+    AclFromVm,
+    /// 8. Rate from-vm.
+    RateFromVm,
+    /// 10. Learning and the choice of destinations.
+    Forward,
+    /// To-vm: the destination must be up and a member of the VLAN.
+    Egress,
+    /// To-vm: ACL.
+    AclToVm,
+    /// To-vm: rate.
+    RateToVm,
+}
+
+impl Stage {
+    /// Name as printed by `sluice trace`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Stage::Parse => "parse",
+            Stage::PortState => "port-state",
+            Stage::MacGuard => "mac-guard",
+            Stage::IpGuard => "ip-guard",
+            Stage::Vlan => "vlan",
+            Stage::Guards => "guards",
+            Stage::AclFromVm => "acl-from-vm",
+            Stage::RateFromVm => "rate-from-vm",
+            Stage::Forward => "forward",
+            Stage::Egress => "egress",
+            Stage::AclToVm => "acl-to-vm",
+            Stage::RateToVm => "rate-to-vm",
+        }
+    }
+}
+
+/// What is known about the frame after [`decide`]; [`flood`] and the caller's rewriting need it.
+///
+/// BPF callers keep it in a per-CPU map, as their stack is small.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Context {
+    /// Parsed headers; the key's VLAN is set once stage 5 has passed.
+    pub headers: Headers,
+    /// Port that the frame came from.
+    pub ingress: u32,
+    /// Its switch.
+    pub switch: u32,
+    /// Priority and drop eligibility of the incoming tag, in place in a TCI.
+    pub priority: u16,
+    /// Whether the outermost tag is to be taken off before the outgoing tag, if any, is put on.
+    pub strip: bool,
+    /// Whether a flood is one of unknown unicast.
+    pub unknown_unicast: bool,
+    /// Length for rates and counters.
+    pub bytes: u32,
+}
+
+/// How a frame leaves by one port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Delivery {
+    /// The port.
+    pub port: u32,
+    /// Its interface.
+    pub ifindex: u32,
+    /// Its [`port_flag`]s.
+    pub flags: u32,
+    /// The tag it gets, after [`Context::strip`].
+    pub tag: Option<Tag>,
+}
+
+/// What [`decide`] says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Dropped, and counted on this port.
+    Drop {
+        /// The port whose policy dropped.
+        port: u32,
+        /// Why.
+        reason: DropReason,
+    },
+    /// Goes to one port; every stage has passed.
+    Unicast(Delivery),
+    /// Goes to many: call [`flood`].
+    Flood,
+    /// This caller cannot serve it, nothing has been counted, another must ([`Tables::COMPLETE`]).
+    Defer,
+}
+
+/// Where a frame's destination address leads.
+enum Route<'a> {
+    Port(u32, &'a PortConfig, u32),
+    /// A static or learnt port that is not in the port table.
+    Missing(u32),
+    Group,
+    Unknown,
+}
+
+/// Takes a frame that came from `ingress` through all stages up to a known single destination.
+///
+/// Drops are counted before returning. For [`Verdict::Flood`], the to-vm stages are [`flood`]'s.
+#[inline(always)]
+pub fn decide<F: Frame, T: Tables>(
+    frame: &F,
+    tables: &T,
+    ingress: u32,
+    bytes: u32,
+    context: &mut Context,
+) -> Verdict {
+    context.ingress = ingress;
+    context.bytes = bytes;
+    let drop = |port: u32, reason: DropReason| {
+        tables.count_drop(port, reason);
+        Verdict::Drop { port, reason }
+    };
+    let early_drop = |reason: DropReason| {
+        tables.count_rx(ingress, bytes);
+        drop(ingress, reason)
+    };
+    let Some((port, slot)) = tables.port(ingress) else {
+        return early_drop(DropReason::PortUnknown);
+    };
+    context.switch = port.switch;
+
+    tables.stage(Stage::Parse);
+    if let Err(reason) = parse(frame, &mut context.headers) {
+        return early_drop(reason);
+    }
+    tables.stage(Stage::PortState);
+    if port.flags & port_flag::UP == 0 {
+        return early_drop(DropReason::PortDown);
+    }
+    tables.stage(Stage::MacGuard);
+    if let Err(reason) = guard::mac(port, &context.headers) {
+        return early_drop(reason);
+    }
+    tables.stage(Stage::IpGuard);
+    if let Err(reason) = guard::ip(frame, tables, ingress, port, &context.headers) {
+        return early_drop(reason);
+    }
+    tables.stage(Stage::Vlan);
+    match vlan::ingress(tables, port, slot, &context.headers) {
+        Err(reason) => return early_drop(reason),
+        Ok(classified) => {
+            context.headers.key.vlan = classified.vlan;
+            context.priority = classified.priority;
+            context.strip = classified.strip;
+        }
+    }
+
+    // Looked up early, acted on late: a caller that cannot serve the destination must know before any token is
+    // taken, and the two ACLs of a unicast frame share a cache slot.
+    let route = route(tables, context);
+    if !T::COMPLETE {
+        match &route {
+            Route::Port(_, destination, _) if destination.flags & port_flag::XDP_TARGET != 0 => {}
+            _ => return Verdict::Defer,
+        }
+    }
+    tables.count_rx(ingress, bytes);
+
+    tables.stage(Stage::Guards);
+    if let Err(reason) = guard::services(port, &context.headers) {
+        return drop(ingress, reason);
+    }
+    tables.stage(Stage::AclFromVm);
+    let key = &context.headers.key;
+    let destination = match &route {
+        Route::Port(id, config, _) => Some((*id, *config)),
+        _ => None,
+    };
+    let (from_vm, to_vm) = acl::verdicts(tables, key, Some((ingress, port)), destination);
+    if !apply(tables, &from_vm, bytes) {
+        return drop(ingress, DropReason::AclFromVm);
+    }
+    tables.stage(Stage::RateFromVm);
+    let rate = &port.rate[Direction::FromVm as usize];
+    if rate.ns_per_byte != 0 && !tables.take(ingress, Direction::FromVm, rate, bytes) {
+        return drop(ingress, DropReason::RateFromVm);
+    }
+
+    tables.stage(Stage::Forward);
+    let group = key.dst_mac;
+    if group[0] == 0x01
+        && group[1] == 0x80
+        && group[2] == 0xc2
+        && group[3] == 0
+        && group[4] == 0
+        && group[5] < 16
+    {
+        return drop(ingress, DropReason::ReservedMulticast);
+    }
+    if port.flags & port_flag::LEARN != 0 {
+        learn(tables, context, port.learn_limit);
+    }
+    match route {
+        Route::Port(id, _, _) | Route::Missing(id) if id == ingress => drop(ingress, DropReason::SourcePort),
+        Route::Missing(_) => drop(ingress, DropReason::TableInconsistent),
+        Route::Port(id, destination, slot) => {
+            match deliver(tables, context, id, destination, slot, Some(to_vm)) {
+                Ok(delivery) => Verdict::Unicast(delivery),
+                Err(reason) => drop(id, reason),
+            }
+        }
+        Route::Group => Verdict::Flood,
+        Route::Unknown => {
+            context.unknown_unicast = true;
+            Verdict::Flood
+        }
+    }
+}
+
+/// Looks the destination address up, without acting on it.
+#[inline(always)]
+fn route<'a, T: Tables>(tables: &'a T, context: &Context) -> Route<'a> {
+    let key = &context.headers.key;
+    if key.dst_mac[0] & 1 != 0 {
+        return Route::Group;
+    }
+    let own = tables.vnic_mac(&MacKey { switch: context.switch as u16, mac: key.dst_mac });
+    let id = match own {
+        Some(id) => id,
+        None => {
+            let Some(switch) = tables.switch(context.switch) else {
+                return Route::Unknown;
+            };
+            let key = FdbKey { switch: context.switch, vlan: key.vlan, mac: key.dst_mac };
+            match tables.fdb(&key) {
+                Some(entry) if tables.now_seconds().wrapping_sub(entry.seen) <= switch.ageing_seconds => {
+                    entry.port
+                }
+                _ => return Route::Unknown,
+            }
+        }
+    };
+    match tables.port(id) {
+        Some((port, slot)) => Route::Port(id, port, slot),
+        None => Route::Missing(id),
+    }
+}
+
+/// Learns the source address, unless it is one of our own.
+#[inline(always)]
+fn learn<T: Tables>(tables: &T, context: &Context, limit: u32) {
+    let mac = context.headers.key.src_mac;
+    let key = FdbKey { switch: context.switch, vlan: context.headers.key.vlan, mac };
+    if let Some(entry) = tables.fdb(&key)
+        && entry.port == context.ingress
+        && entry.seen == tables.now_seconds()
+    {
+        return;
+    }
+    if tables.vnic_mac(&MacKey { switch: context.switch as u16, mac }).is_none() {
+        tables.learn(&key, context.ingress, limit);
+    }
+}
+
+/// Counts a rule's hit and says whether the packet passes.
+#[inline(always)]
+fn apply<T: Tables>(tables: &T, verdict: &AclVerdict, bytes: u32) -> bool {
+    if verdict.counter != NO_RULE {
+        tables.count_rule(verdict.counter, bytes);
+    }
+    verdict.action == acl_action::ALLOW
+}
+
+/// The to-vm stages of one destination. `verdict` is its ACL's, where that is known already.
+#[inline(always)]
+fn deliver<T: Tables>(
+    tables: &T,
+    context: &Context,
+    id: u32,
+    port: &PortConfig,
+    slot: u32,
+    verdict: Option<AclVerdict>,
+) -> Result<Delivery, DropReason> {
+    tables.stage(Stage::Egress);
+    const READY: u32 = port_flag::UP | port_flag::ATTACHED;
+    if port.flags & READY != READY {
+        return Err(DropReason::DestinationDown);
+    }
+    let key = &context.headers.key;
+    let tag = vlan::egress(tables, port, slot, key.vlan, context.priority)?;
+    tables.stage(Stage::AclToVm);
+    let verdict = match verdict {
+        Some(verdict) => verdict,
+        None => acl::verdicts(tables, key, None, Some((id, port))).1,
+    };
+    if !apply(tables, &verdict, context.bytes) {
+        return Err(DropReason::AclToVm);
+    }
+    tables.stage(Stage::RateToVm);
+    let rate = &port.rate[Direction::ToVm as usize];
+    if rate.ns_per_byte != 0 && !tables.take(id, Direction::ToVm, rate, context.bytes) {
+        return Err(DropReason::RateToVm);
+    }
+    Ok(Delivery { port: id, ifindex: port.ifindex, flags: port.flags, tag })
+}
+
+/// Takes a flood's copies.
+pub trait Sink {
+    /// Sends one copy, tagged as the delivery says, and counts it.
+    fn emit(&mut self, delivery: &Delivery);
+}
+
+/// Serves every destination of a flooded frame: members of its VLAN for group addresses, the uplink and the ports
+/// that ask for it for unknown unicast; never the port it came from.
+///
+/// Drops by a destination's own policy are counted there. If there was no destination at all, that is the frame's
+/// drop reason.
+///
+/// # Errors
+/// `NoDestination`, counted on the ingress port.
+#[inline(always)]
+pub fn flood<T: Tables, S: Sink>(tables: &T, context: &Context, sink: &mut S) -> Result<(), DropReason> {
+    tables.count_flood(context.ingress);
+    let mut found = false;
+    if context.unknown_unicast {
+        list(tables, context, FLOOD_UNKNOWN, sink, &mut found);
+    } else {
+        list(tables, context, context.headers.key.vlan, sink, &mut found);
+        list(tables, context, FLOOD_TRUNKS, sink, &mut found);
+    }
+    if found {
+        return Ok(());
+    }
+    tables.count_drop(context.ingress, DropReason::NoDestination);
+    Err(DropReason::NoDestination)
+}
+
+#[inline(always)]
+fn list<T: Tables, S: Sink>(tables: &T, context: &Context, vlan: Vlan, sink: &mut S, found: &mut bool) {
+    let mut chunks = Chunks { tables, context, vlan, sink, found: false };
+    tables.repeat(FLOOD_CHUNKS_MAX, &mut chunks);
+    *found |= chunks.found;
+}
+
+/// Walks the chunks of a flood list.
+struct Chunks<'a, T, S> {
+    tables: &'a T,
+    context: &'a Context,
+    vlan: Vlan,
+    sink: &'a mut S,
+    found: bool,
+}
+
+impl<T: Tables, S: Sink> LoopBody for Chunks<'_, T, S> {
+    #[inline(always)]
+    fn step(&mut self, round: u32) -> bool {
+        let key = FloodKey { switch: self.context.switch, vlan: self.vlan, chunk: round as u16 };
+        let Some(chunk) = self.tables.flood(&key) else {
+            return false;
+        };
+        let count = if chunk.count < FLOOD_CHUNK as u32 { chunk.count } else { FLOOD_CHUNK as u32 };
+        let mut ports =
+            Ports { tables: self.tables, context: self.context, sink: &mut *self.sink, chunk, found: false };
+        self.tables.repeat(count, &mut ports);
+        self.found |= ports.found;
+        count == FLOOD_CHUNK as u32
+    }
+}
+
+/// Walks the ports of a chunk.
+struct Ports<'a, T, S> {
+    tables: &'a T,
+    context: &'a Context,
+    sink: &'a mut S,
+    chunk: &'a FloodChunk,
+    found: bool,
+}
+
+impl<T: Tables, S: Sink> LoopBody for Ports<'_, T, S> {
+    #[inline(always)]
+    fn step(&mut self, round: u32) -> bool {
+        if round >= FLOOD_CHUNK as u32 {
+            return false;
+        }
+        let id = self.chunk.ports[round as usize];
+        if id == self.context.ingress {
+            return true;
+        }
+        let Some((port, slot)) = self.tables.port(id) else {
+            return true;
+        };
+        match deliver(self.tables, self.context, id, port, slot, None) {
+            Ok(delivery) => {
+                self.found = true;
+                self.sink.emit(&delivery);
+            }
+            Err(DropReason::VlanEgress | DropReason::DestinationDown) => {} // not a destination of this flood
+            Err(reason) => {
+                self.found = true;
+                self.tables.count_drop(id, reason);
+            }
+        }
+        true
+    }
+}
