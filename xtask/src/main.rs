@@ -1,2 +1,49 @@
-//! Tasks of the workspace.
-fn main() {}
+//! Tasks of the workspace, run as `cargo xtask TASK`.
+//!
+//! Each task sets up what it needs and says so on screen: as root it installs what is missing, otherwise it prints
+//! the exact commands and stops. Nothing outside `target/` and the system's own packages is touched.
+
+#![forbid(unsafe_code)]
+// A task runner talks to the person who runs it.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod ebpf;
+mod packages;
+mod process;
+mod workspace;
+
+use clap::{Parser, Subcommand};
+
+/// Tasks of the Sluice workspace.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Build the eBPF programs into target/bpf/sluice.o.
+    BuildEbpf {
+        /// Which compiler to use; found automatically unless given.
+        #[arg(long, value_enum)]
+        toolchain: Option<ebpf::Toolchain>,
+        /// Build even when the sources have not changed.
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+fn main() -> std::process::ExitCode {
+    let outcome = match Arguments::parse().task {
+        Task::BuildEbpf { toolchain, force } => ebpf::build(toolchain, force).map(drop),
+    };
+    match outcome {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            process::say_error(&format!("{error:#}"));
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
