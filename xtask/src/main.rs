@@ -8,8 +8,10 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod ebpf;
+mod lint;
 mod packages;
 mod process;
+mod test;
 mod workspace;
 
 use clap::{Parser, Subcommand};
@@ -33,11 +35,24 @@ enum Task {
         #[arg(long)]
         force: bool,
     },
+    /// Check the rules of the house: crate arrows, unsafe code, module docs, portable text, dependencies.
+    Lint,
+    /// Run every test: units, examples, conformance and the end-to-end suites. Needs root.
+    Test {
+        /// Leave out the end-to-end suites.
+        #[arg(long)]
+        quick: bool,
+        /// Further arguments of `cargo nextest run`, such as the name of a test.
+        #[arg(trailing_var_arg = true)]
+        extra: Vec<String>,
+    },
 }
 
 fn main() -> std::process::ExitCode {
     let outcome = match Arguments::parse().task {
         Task::BuildEbpf { toolchain, force } => ebpf::build(toolchain, force).map(drop),
+        Task::Lint => lint::lint(),
+        Task::Test { quick, extra } => test::test(quick, &extra),
     };
     match outcome {
         Ok(()) => std::process::ExitCode::SUCCESS,

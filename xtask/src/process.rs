@@ -67,11 +67,6 @@ pub(crate) fn is_root() -> bool {
     output(Command::new("id").arg("-u")).is_some_and(|id| id.trim() == "0")
 }
 
-/// `cargo` as the user calls it, free of what an outer `cargo run` put into the environment.
-pub(crate) fn cargo() -> Command {
-    clean(Command::new("cargo"))
-}
-
 /// Take out of a command's environment what an outer cargo or rustup put there, which would choose the compiler.
 pub(crate) fn clean(mut command: Command) -> Command {
     for name in ["CARGO", "RUSTC", "RUSTDOC", "RUSTUP_TOOLCHAIN", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS"] {

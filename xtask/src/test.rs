@@ -1,0 +1,88 @@
+//! `test`: everything that is tested, in one command.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::packages::{self, Need};
+use crate::process::{clean, find, is_root, output, run, say};
+use crate::{ebpf, workspace};
+
+const NEXTEST_VERSION: &str = "0.9.143";
+
+/// Programs that the end-to-end suites and the demo call.
+pub(crate) const NETWORK_TOOLS: [Need; 7] = [
+    Need::program("ip", "iproute2"),
+    Need::program("ping", "iputils-ping"),
+    Need::program("iperf3", "iperf3"),
+    Need::program("tcpdump", "tcpdump"),
+    Need::program("ethtool", "ethtool"),
+    Need::program("dnsmasq", "dnsmasq-base"),
+    Need::program("udhcpc", "udhcpc"),
+];
+
+/// Run the tests; `quick` leaves out the end-to-end suites. `extra` goes to the test runner.
+pub(crate) fn test(quick: bool, extra: &[String]) -> Result<()> {
+    require_root("the tests", "test")?;
+    packages::ensure("testing", &NETWORK_TOOLS)?;
+    ebpf::build(None, false)?;
+    build_programs()?;
+
+    say("running the examples in the documentation");
+    run(clean(Command::new("cargo")).args(["test", "--quiet", "--doc", "--workspace"]))?;
+
+    let filter: &[&str] = if quick { &["-E", "not (package(sluice-tests) & kind(test))"] } else { &[] };
+    match nextest() {
+        Some(nextest) => {
+            run(clean(Command::new(nextest)).args(["nextest", "run", "--workspace"]).args(filter).args(extra))
+        }
+        None => {
+            say("cargo-nextest cannot be had; using cargo test");
+            let mut command = clean(Command::new("cargo"));
+            command.args(["test", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"]);
+            if quick {
+                command.args(["--exclude", "sluice-tests"]);
+            }
+            // One at a time: the suites share the machine's two or more cores and must not disturb each other.
+            run(command.args(["--", "--test-threads=1"]).args(extra))
+        }
+    }
+}
+
+/// Stop, and say how to go on, unless we are root.
+pub(crate) fn require_root(what: &str, task: &str) -> Result<()> {
+    if !is_root() {
+        bail!(
+            "{what} make network namespaces and load eBPF programs, which takes root. Run:\n  \
+             sudo --preserve-env=PATH,CARGO_HOME,RUSTUP_HOME env HOME=\"$HOME\" cargo xtask {task}"
+        );
+    }
+    Ok(())
+}
+
+/// The daemon and the CLI, which the end-to-end suites run as programs.
+pub(crate) fn build_programs() -> Result<()> {
+    say("building sluiced and sluice");
+    run(clean(Command::new("cargo")).args(["build", "--quiet", "--package", "sluice-control", "--bins"]))
+        .context("the daemon does not build")
+}
+
+/// cargo-nextest: from PATH, from `target/tools`, or built into `target/tools`.
+fn nextest() -> Option<PathBuf> {
+    let own = workspace::tools().join("bin/cargo-nextest");
+    for candidate in [find("cargo-nextest"), Some(own.clone())].into_iter().flatten() {
+        if output(Command::new(&candidate).args(["nextest", "--version"])).is_some() {
+            return Some(candidate);
+        }
+    }
+    say(&format!("building cargo-nextest into {} (some minutes, once)", own.display()));
+    run(clean(Command::new("cargo"))
+        .args(["install", "--locked", "--quiet"])
+        .arg(format!("cargo-nextest@{NEXTEST_VERSION}"))
+        .arg("--root")
+        .arg(workspace::tools())
+        .env_remove("CARGO_TARGET_DIR"))
+    .ok()?;
+    Some(own)
+}
