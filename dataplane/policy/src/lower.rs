@@ -1,0 +1,247 @@
+//! Lowering: from the desired state to what the pipeline's tables should hold.
+//!
+//! [`ports`] says which interfaces are wanted, [`assign_ids`] gives every name its number, and [`lower`] makes the
+//! [`Image`] from the configuration, the numbers, and what the engine found of the interfaces. All three are pure and
+//! deterministic: the same input gives the same image, so that an engine can compare images and write differences.
+//!
+//! The configuration should have passed [`validate`](crate::validate::validate); lowering one that has not returns an
+//! error or an image, and never panics.
+
+mod acl;
+mod flood;
+mod port;
+
+use sluice_pipeline::tables::{PORTS_MAX, RULES_MAX, SWITCHES_MAX, SwitchConfig};
+
+use crate::config::{Attachment, Config, Hook, Internal, Switch, Vnic};
+use crate::ids::{IdSpace, Ids};
+use crate::image::{Bindings, Image};
+use crate::net::MacAddr;
+
+pub use acl::{Expansion, expand, rule_name};
+pub use port::{effective_ip_guard, internal_mac, learn_limit, link_local};
+
+/// Why a configuration cannot be lowered.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LowerError {
+    /// A name has no number.
+    #[error(
+        "{kind} `{name}` has no number; assign numbers from the same configuration before lowering it, and validate it first"
+    )]
+    Unnumbered {
+        /// What kind of thing.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// More things than the tables have room for.
+    #[error("{wanted} {what} are configured but the tables have room for {limit}; remove some")]
+    TooMany {
+        /// What there is too much of.
+        what: &'static str,
+        /// How many there are.
+        wanted: usize,
+        /// How many there may be.
+        limit: usize,
+    },
+    /// Two masks in a group have the same number.
+    #[error(
+        "two combinations of matched fields in ACL group `{group}` cannot be told apart by their number; \
+         move the rules of priority {first} or {second} into another group"
+    )]
+    MaskCollision {
+        /// Key of the group in [`Ids::groups`].
+        group: String,
+        /// Priority of a rule with the first mask.
+        first: u32,
+        /// Priority of a rule with the second.
+        second: u32,
+    },
+}
+
+/// What is behind a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortSpecKind {
+    /// The host's end of a veth pair.
+    Veth,
+    /// A tap.
+    Tap,
+    /// A switch's uplink.
+    Uplink,
+    /// The host's interface on a switch, which the engine makes.
+    Internal {
+        /// Address of the host's end.
+        mac: MacAddr,
+    },
+}
+
+/// An interface that the configuration wants as a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortSpec {
+    /// Name in [`Ids::ports`].
+    pub name: String,
+    /// The interface. For an internal port, the switch's end (see [`internal_port_netdev`]).
+    pub netdev: String,
+    /// What it is.
+    pub kind: PortSpecKind,
+    /// Wanted hook.
+    pub hook: Hook,
+    /// The other end is known to send full checksums.
+    pub full_checksums: bool,
+}
+
+/// Name of a vNIC's port in [`Ids::ports`].
+pub fn vnic_port(vnic: &str) -> String {
+    format!("vnic/{vnic}")
+}
+
+/// Name of a switch's uplink in [`Ids::ports`].
+pub fn uplink_port(switch: &str) -> String {
+    format!("uplink/{switch}")
+}
+
+/// Name of a switch's internal port in [`Ids::ports`].
+pub fn internal_port(switch: &str) -> String {
+    format!("internal/{switch}")
+}
+
+/// Key of a shared group in [`Ids::groups`].
+pub fn shared_group(group: &str) -> String {
+    format!("group/{group}")
+}
+
+/// Key of the group made of a vNIC's own rules in [`Ids::groups`].
+pub fn own_group(vnic: &str) -> String {
+    format!("vnic/{vnic}")
+}
+
+/// The switch's end of an internal port's veth pair.
+pub fn internal_port_netdev(internal: &Internal) -> String {
+    format!("{}-sw", internal.netdev)
+}
+
+/// Every port that the configuration wants, in a stable order: switches' first, then vNICs'.
+pub fn ports(config: &Config) -> Vec<PortSpec> {
+    let mut specs = Vec::with_capacity(config.vnics.len() + config.switches.len() * 2);
+    for switch in &config.switches {
+        if let Some(uplink) = &switch.uplink {
+            specs.push(PortSpec {
+                name: uplink_port(&switch.name),
+                netdev: uplink.netdev.clone(),
+                kind: PortSpecKind::Uplink,
+                hook: uplink.hook,
+                full_checksums: uplink.full_checksums,
+            });
+        }
+        if let Some(internal) = &switch.internal {
+            specs.push(PortSpec {
+                name: internal_port(&switch.name),
+                netdev: internal_port_netdev(internal),
+                kind: PortSpecKind::Internal { mac: internal_mac(switch, internal) },
+                hook: Hook::Tcx,
+                full_checksums: false,
+            });
+        }
+    }
+    specs.extend(config.vnics.iter().map(vnic_spec));
+    specs
+}
+
+fn vnic_spec(vnic: &Vnic) -> PortSpec {
+    PortSpec {
+        name: vnic_port(&vnic.name),
+        netdev: vnic.attach.netdev().to_owned(),
+        kind: match vnic.attach {
+            Attachment::Veth(_) => PortSpecKind::Veth,
+            Attachment::Tap(_) => PortSpecKind::Tap,
+        },
+        hook: vnic.hook,
+        full_checksums: vnic.full_checksums,
+    }
+}
+
+/// Numbers every name of the configuration: names that had a number keep it, names that are gone lose it.
+///
+/// A number that was freed may be given to a new name at once. Whoever keeps state by number (counters, learnt
+/// addresses, buckets) must clear it when the name behind the number changes.
+///
+/// # Errors
+/// [`LowerError::TooMany`] if there are more names than numbers; `ids` is then unchanged.
+pub fn assign_ids(config: &Config, ids: &mut Ids) -> Result<(), LowerError> {
+    let ports: Vec<String> = ports(config).into_iter().map(|spec| spec.name).collect();
+    let switches: Vec<&str> = config.switches.iter().map(|switch| switch.name.as_str()).collect();
+    let (mut groups, mut rules) = (Vec::new(), Vec::new());
+    for (key, list) in acl::groups(config) {
+        rules.extend(list.iter().map(|rule| rule_name(&key, rule)));
+        groups.push(key);
+    }
+    // Number 0 is never given out, and numbers index arrays.
+    let limit = |what, wanted: usize, room: u32| {
+        let limit = room as usize - 1;
+        if wanted > limit { Err(LowerError::TooMany { what, wanted, limit }) } else { Ok(()) }
+    };
+    limit("ports", ports.len(), PORTS_MAX)?;
+    limit("switches", switches.len(), SWITCHES_MAX)?;
+    limit("ACL rules", rules.len(), RULES_MAX)?;
+    ids.ports.assign(ports.iter().map(String::as_str));
+    ids.switches.assign(switches);
+    ids.groups.assign(groups.iter().map(String::as_str));
+    ids.rules.assign(rules.iter().map(String::as_str));
+    Ok(())
+}
+
+fn number(space: &IdSpace, kind: &'static str, name: &str) -> Result<u32, LowerError> {
+    space.get(name).ok_or_else(|| LowerError::Unnumbered { kind, name: name.to_owned() })
+}
+
+/// Makes the tables of a host.
+///
+/// Ports without a binding are pending: their configuration and static addresses are there, so that frames to them
+/// are dropped as `DestinationDown` and not flooded, but nothing is sent to them.
+///
+/// # Errors
+/// [`LowerError`]; what is wrong with the configuration is better said by [`validate`](crate::validate::validate).
+pub fn lower(config: &Config, ids: &Ids, bindings: &Bindings) -> Result<Image, LowerError> {
+    let mut image = Image { groups: acl::lower_groups(config, ids)?, ..Image::default() };
+    for switch in &config.switches {
+        lower_switch(switch, ids, bindings, &mut image)?;
+    }
+    for vnic in &config.vnics {
+        let switch = number(&ids.switches, "switch", &vnic.switch)?;
+        let id = number(&ids.ports, "port", &vnic_port(&vnic.name))?;
+        let acl = acl::port_acl(&vnic.name, &vnic.policy.acl, ids, &image.groups)?;
+        let mut image_of_port = port::vnic(vnic, switch, acl);
+        port::bind(&mut image_of_port, id, bindings, &mut image);
+        image.ip_guard.extend(port::ip_guard_keys(vnic, id));
+        image.ports.insert(id, image_of_port);
+    }
+    flood::lower_lists(&mut image);
+    Ok(image)
+}
+
+fn lower_switch(
+    switch: &Switch,
+    ids: &Ids,
+    bindings: &Bindings,
+    image: &mut Image,
+) -> Result<(), LowerError> {
+    let id = number(&ids.switches, "switch", &switch.name)?;
+    let mut uplink_id = 0;
+    if let Some(uplink) = &switch.uplink {
+        uplink_id = number(&ids.ports, "port", &uplink_port(&switch.name))?;
+        let mut port = port::uplink(&switch.name, uplink, id);
+        port::bind(&mut port, uplink_id, bindings, image);
+        image.ports.insert(uplink_id, port);
+    }
+    if let Some(internal) = &switch.internal {
+        let port_id = number(&ids.ports, "port", &internal_port(&switch.name))?;
+        let mut port = port::internal(switch, internal, id);
+        port::bind(&mut port, port_id, bindings, image);
+        image.ports.insert(port_id, port);
+    }
+    image.switches.insert(id, SwitchConfig { uplink: uplink_id, ageing_seconds: switch.ageing_seconds });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
