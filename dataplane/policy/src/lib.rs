@@ -11,4 +11,5 @@ pub mod ids;
 pub mod image;
 pub mod lower;
 pub mod net;
+pub mod sim;
 pub mod validate;
