@@ -1,0 +1,5 @@
+//! The demo that `cargo xtask demo` runs.
+
+#![forbid(unsafe_code)]
+
+fn main() {}

@@ -1,0 +1,227 @@
+//! A stream of sequence-numbered packets that tells every loss, duplicate and reordering.
+//!
+//! The sender keeps at most [`WINDOW`] packets in flight, which the kernel's own queues hold, so that whatever is
+//! missing was lost on the way and not for want of room at the receiver. It never waits for a lost packet longer than
+//! [`STALL`].
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+
+use crate::netns::Netns;
+
+/// Most packets in flight: below the kernel's backlog of 1 000 packets per CPU.
+const WINDOW: u64 = 256;
+/// After so long without an arrival the packets in flight count as lost and the sender goes on.
+const STALL: Duration = Duration::from_millis(200);
+
+#[derive(Debug, Default)]
+struct Shared {
+    sent: AtomicU64,
+    received: AtomicU64,
+    stop: AtomicBool,
+    ended: AtomicBool,
+}
+
+/// A running stream.
+#[derive(Debug)]
+pub struct Flow {
+    shared: Arc<Shared>,
+    sender: JoinHandle<Result<()>>,
+    receiver: JoinHandle<Result<Arrivals>>,
+}
+
+/// What became of a stream.
+#[derive(Clone, Copy, Debug)]
+pub struct FlowReport {
+    /// Packets sent.
+    pub sent: u64,
+    /// Different packets that arrived.
+    pub received: u64,
+    /// Packets that arrived again.
+    pub duplicated: u64,
+    /// Packets that arrived after a later one.
+    pub reordered: u64,
+    /// Longest time between two arrivals.
+    pub longest_gap: Duration,
+    /// From the first to the last packet.
+    pub lasted: Duration,
+}
+
+impl FlowReport {
+    /// Packets that never arrived.
+    pub fn lost(&self) -> u64 {
+        self.sent - self.received
+    }
+}
+
+#[derive(Debug, Default)]
+struct Arrivals {
+    seen: Vec<u64>,
+    received: u64,
+    duplicated: u64,
+    reordered: u64,
+    highest: u64,
+    longest_gap: Duration,
+}
+
+impl Arrivals {
+    fn count(&mut self, sequence: u64) {
+        let (word, bit) = ((sequence / 64) as usize, 1u64 << (sequence % 64));
+        if word >= self.seen.len() {
+            self.seen.resize(word + 1, 0);
+        }
+        if self.seen[word] & bit != 0 {
+            self.duplicated += 1;
+            return;
+        }
+        self.seen[word] |= bit;
+        self.received += 1;
+        if sequence < self.highest {
+            self.reordered += 1;
+        }
+        self.highest = self.highest.max(sequence);
+    }
+}
+
+impl Flow {
+    /// Starts a stream of UDP datagrams from `from` to `address` in `to`.
+    ///
+    /// # Errors
+    /// When the sockets cannot be opened.
+    pub fn start(from: &Netns, to: &Netns, address: SocketAddr) -> Result<Flow> {
+        let inbound = to.enter(|| UdpSocket::bind(address).context("binding the receiver"))?;
+        inbound.set_read_timeout(Some(Duration::from_millis(20)))?;
+        let any: SocketAddr = if address.is_ipv4() { "0.0.0.0:0".parse()? } else { "[::]:0".parse()? };
+        let outbound = from.enter(|| UdpSocket::bind(any).context("binding the sender"))?;
+        outbound.connect(address)?;
+        let shared = Arc::new(Shared::default());
+        let sender = {
+            let shared = Arc::clone(&shared);
+            std::thread::spawn(move || {
+                let outcome = send(&outbound, &shared);
+                shared.ended.store(true, Ordering::SeqCst);
+                outcome
+            })
+        };
+        let receiver = {
+            let shared = Arc::clone(&shared);
+            std::thread::spawn(move || receive(&inbound, &shared))
+        };
+        Ok(Flow { shared, sender, receiver })
+    }
+
+    /// Packets sent so far.
+    pub fn sent(&self) -> u64 {
+        self.shared.sent.load(Ordering::Relaxed)
+    }
+
+    /// Packets that have arrived so far.
+    pub fn received(&self) -> u64 {
+        self.shared.received.load(Ordering::Relaxed)
+    }
+
+    /// Stops sending, waits for what is in flight, and counts.
+    ///
+    /// # Errors
+    /// When a socket failed.
+    pub fn finish(self) -> Result<FlowReport> {
+        let stopped = Instant::now();
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.sender.join().map_err(|_| anyhow!("the sender panicked"))??;
+        let arrivals = self.receiver.join().map_err(|_| anyhow!("the receiver panicked"))??;
+        Ok(FlowReport {
+            sent: self.shared.sent.load(Ordering::SeqCst),
+            received: arrivals.received,
+            duplicated: arrivals.duplicated,
+            reordered: arrivals.reordered,
+            longest_gap: arrivals.longest_gap,
+            lasted: stopped.elapsed(),
+        })
+    }
+}
+
+fn send(socket: &UdpSocket, shared: &Shared) -> Result<()> {
+    let mut sequence = 0u64;
+    let mut written_off = 0;
+    let mut last = (0, Instant::now());
+    while !shared.stop.load(Ordering::Relaxed) {
+        let received = shared.received.load(Ordering::Relaxed);
+        if received != last.0 {
+            last = (received, Instant::now());
+        }
+        if sequence.saturating_sub(received + written_off) >= WINDOW {
+            if last.1.elapsed() > STALL {
+                written_off = sequence - received;
+            }
+            std::thread::yield_now();
+            continue;
+        }
+        let mut payload = [0u8; 32];
+        payload[..8].copy_from_slice(&sequence.to_be_bytes());
+        match socket.send(&payload) {
+            Ok(_) => {
+                sequence += 1;
+                shared.sent.store(sequence, Ordering::Relaxed);
+            }
+            // Nothing was sent; as when the neighbour is not resolved yet. Try the same number again.
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => std::thread::yield_now(),
+            Err(error) => return Err(error).context("sending"),
+        }
+    }
+    Ok(())
+}
+
+fn receive(socket: &UdpSocket, shared: &Shared) -> Result<Arrivals> {
+    let mut arrivals = Arrivals::default();
+    let mut buffer = [0u8; 64];
+    let mut last = None;
+    let mut quiet_since = Instant::now();
+    loop {
+        match socket.recv(&mut buffer) {
+            Ok(length) if length >= 8 => {
+                let now = Instant::now();
+                if let Some(last) = last {
+                    arrivals.longest_gap = arrivals.longest_gap.max(now.duration_since(last));
+                }
+                last = Some(now);
+                quiet_since = now;
+                let mut sequence = [0; 8];
+                sequence.copy_from_slice(&buffer[..8]);
+                arrivals.count(u64::from_be_bytes(sequence));
+                shared.received.store(arrivals.received, Ordering::Relaxed);
+            }
+            Ok(length) => return Err(anyhow!("a datagram of {length} bytes")),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted
+                ) =>
+            {
+                // What is in flight arrives within microseconds; this is for a machine that is very busy.
+                if shared.ended.load(Ordering::SeqCst) && quiet_since.elapsed() > Duration::from_millis(500) {
+                    return Ok(arrivals);
+                }
+            }
+            Err(error) => return Err(error).context("receiving"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arrivals_tell_duplicates_and_reordering() {
+        let mut arrivals = Arrivals::default();
+        for sequence in [0, 1, 3, 2, 2, 200] {
+            arrivals.count(sequence);
+        }
+        assert_eq!((arrivals.received, arrivals.duplicated, arrivals.reordered), (5, 1, 1));
+    }
+}

@@ -1,0 +1,246 @@
+//! A host with a switch, and the VMs and networks around it.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use tempfile::TempDir;
+
+use crate::api::Sluice;
+use crate::daemon::{Daemon, Places, log_tail};
+use crate::netns::{self, Netns, check};
+use crate::wire::{Mac, mac_text};
+
+/// Interface of a VM inside its namespace.
+pub const INTERFACE: &str = "eth0";
+/// What all our names begin with: `sl-<pid>-<lab>-<role>`.
+const PREFIX: &str = "sl-";
+const BPFFS: &str = "/sys/fs/bpf";
+/// How long a change may take to be in force, on two busy cores.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// One host with one daemon.
+#[derive(Debug)]
+pub struct Lab {
+    prefix: String,
+    places: Places,
+    sluice: Sluice,
+    // Dropped in this order: first the host with the ports, then the files.
+    host: Netns,
+    _folder: TempDir,
+}
+
+/// A VM, or a machine outside, wired to a port of the host.
+#[derive(Debug)]
+pub struct Vm {
+    /// Its namespace; its interface is [`INTERFACE`].
+    pub netns: Netns,
+    /// The host's end.
+    pub port: String,
+    /// Its address.
+    pub mac: Mac,
+}
+
+impl Lab {
+    /// Makes the host; nothing runs in it yet. Sweeps up what dead tests have left.
+    ///
+    /// # Errors
+    /// Without root, or when the programs are not built.
+    pub fn new() -> Result<Lab> {
+        static LABS: AtomicU32 = AtomicU32::new(0);
+        if !nix::unistd::geteuid().is_root() {
+            bail!("the lab makes network namespaces: run `cargo xtask test` as root");
+        }
+        sweep()?;
+        mount_bpffs()?;
+        let prefix = format!("{PREFIX}{}-{}", std::process::id(), LABS.fetch_add(1, Ordering::Relaxed));
+        let folder = tempfile::Builder::new().prefix(&format!("{prefix}-")).tempdir().context("a folder")?;
+        let places = Places {
+            state: folder.path().join("state"),
+            socket: folder.path().join("sluiced.sock"),
+            pins: Path::new(BPFFS).join(&prefix),
+            log: folder.path().join("sluiced.log"),
+        };
+        let host = Netns::create(&format!("{prefix}-host"))?;
+        // The host's ends of ports are wires, not hosts: without IPv6 they say nothing of their own.
+        host.sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
+        let sluice = Sluice::new(&places.socket)?;
+        Ok(Lab { prefix, places, sluice, host, _folder: folder })
+    }
+
+    /// The host's namespace.
+    pub fn host(&self) -> &Netns {
+        &self.host
+    }
+
+    /// Where the daemon keeps things.
+    pub fn places(&self) -> &Places {
+        &self.places
+    }
+
+    /// The CLI.
+    pub fn sluice(&self) -> &Sluice {
+        &self.sluice
+    }
+
+    /// Starts the daemon and waits until it answers.
+    ///
+    /// # Errors
+    /// See [`Daemon::start`].
+    pub fn start(&self) -> Result<Daemon> {
+        Daemon::start(&self.host, &self.places)
+    }
+
+    /// A namespace of this lab.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn netns(&self, role: &str) -> Result<Netns> {
+        Netns::create(&format!("{}-{role}", self.prefix))
+    }
+
+    /// A VM whose interface is wired to `port` of the host by a veth pair.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn vm(&self, role: &str, port: &str, mac: Mac) -> Result<Vm> {
+        let vm = Vm { netns: self.netns(role)?, port: port.to_owned(), mac };
+        self.wire(&vm, &[])?;
+        Ok(vm)
+    }
+
+    /// Makes the veth pair between a VM and its port (again), with further words for `ip link add` such as `mtu 9000`.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn wire(&self, vm: &Vm, options: &[&str]) -> Result<()> {
+        let address = mac_text(vm.mac);
+        let words: Vec<&str> = ["ip", "link", "add", &vm.port]
+            .into_iter()
+            .chain(options.iter().copied())
+            .chain(["type", "veth", "peer", "name", INTERFACE, "address", &address])
+            .chain(options.iter().copied())
+            .chain(["netns", vm.netns.name()])
+            .collect();
+        self.host.run(&words)?;
+        self.host.run(&["ip", "link", "set", &vm.port, "up"])?;
+        vm.netns.run(&["ip", "link", "set", INTERFACE, "up"])?;
+        Ok(())
+    }
+
+    /// What there is to know when something went wrong.
+    pub fn diagnosis(&self) -> String {
+        let mut text = String::new();
+        for words in [&["get", "vnic"][..], &["stats"], &["drops"], &["fdb"], &["doctor"]] {
+            let answer = self.sluice.attempt(words).map(|output| {
+                format!(
+                    "{}{}",
+                    String::from_utf8_lossy(&output.stdout),
+                    String::from_utf8_lossy(&output.stderr)
+                )
+            });
+            let answer: String = answer.unwrap_or_default().lines().take(80).collect::<Vec<_>>().join("\n");
+            // Writing to a string does not fail.
+            let _ = writeln!(text, "--- sluice {}\n{answer}", words.join(" "));
+        }
+        let links = self.host.run(&["ip", "-brief", "link"]).unwrap_or_default();
+        let links: Vec<&str> = links.lines().take(30).collect();
+        let _ = writeln!(text, "--- links of the host\n{}", links.join("\n"));
+        let _ = writeln!(text, "--- log of the daemon\n{}", log_tail(&self.places.log));
+        text
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        netns::remove(self.host.name());
+        // The pins may never have been made.
+        let _ = std::fs::remove_dir_all(&self.places.pins);
+    }
+}
+
+impl Vm {
+    /// Gives its interface an address with a prefix length, IPv4 or IPv6.
+    ///
+    /// # Errors
+    /// When `ip` fails.
+    pub fn address(&self, address: &str) -> Result<()> {
+        self.netns.address(INTERFACE, address)
+    }
+
+    /// Its MAC address in the usual notation.
+    pub fn mac_text(&self) -> String {
+        mac_text(self.mac)
+    }
+}
+
+/// Runs a scenario in a new lab with a running daemon; a failure comes with a diagnosis.
+///
+/// # Errors
+/// What `play` returns, or that the lab cannot be made.
+pub fn scenario(play: impl FnOnce(&Lab, Daemon) -> Result<()>) -> Result<()> {
+    let lab = Lab::new()?;
+    let daemon = lab.start()?;
+    play(&lab, daemon).map_err(|error| anyhow!("{error:#}\n{}", lab.diagnosis()))
+}
+
+/// Mounts the bpffs if nobody has; a daemon in a container would find it mounted.
+fn mount_bpffs() -> Result<()> {
+    let is_mounted = || -> Result<bool> {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").context("reading the mounts")?;
+        Ok(mounts.lines().any(|line| line.split(' ').nth(1) == Some(BPFFS)))
+    };
+    if !is_mounted()? {
+        let mounted = check(Command::new("mount").args(["-t", "bpf", "bpf", BPFFS]));
+        // Another test may have been quicker.
+        if !is_mounted()? {
+            mounted?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes namespaces, pins and folders of labs whose process is dead.
+fn sweep() -> Result<()> {
+    let named = |folder: &Path| -> Vec<String> {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        entries
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .filter(|name| is_stale(name))
+            .collect()
+    };
+    for name in named(Path::new("/run/netns")) {
+        netns::remove(&name);
+    }
+    for folder in [Path::new(BPFFS), &std::env::temp_dir()] {
+        for name in named(folder) {
+            // Another test may be sweeping too.
+            let _ = std::fs::remove_dir_all(folder.join(name));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a name is one of ours and its process is dead.
+fn is_stale(name: &str) -> bool {
+    let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+    let Some(pid) = pid.and_then(|pid| pid.parse::<u32>().ok()) else { return false };
+    !Path::new("/proc").join(pid.to_string()).exists()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_of_dead_labs_are_stale() {
+        assert!(!is_stale(&format!("sl-{}-0-host", std::process::id())));
+        // Beyond the kernel's highest process id.
+        assert!(is_stale("sl-4194305-0-host"));
+        assert!(!is_stale("sl-host"));
+        assert!(!is_stale("other-4194305-0"));
+    }
+}

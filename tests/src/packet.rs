@@ -1,0 +1,160 @@
+//! Sending and receiving whole frames: packet sockets in a namespace, and taps as a hypervisor holds them.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::netns::Netns;
+use crate::sys;
+
+/// Largest frame received: a GSO super-frame.
+const FRAME_MAX: usize = 70_000;
+
+/// A socket that sends and receives frames on one interface. It does not see what its own side sends.
+#[derive(Debug)]
+pub struct PacketSocket {
+    socket: OwnedFd,
+}
+
+impl PacketSocket {
+    /// Opens one on an interface of a namespace.
+    ///
+    /// # Errors
+    /// When there is no such interface.
+    pub fn open(netns: &Netns, interface: &str) -> Result<PacketSocket> {
+        let socket = netns.enter(|| sys::open_packet(interface))?;
+        let raw = socket.as_raw_fd();
+        sys::set_option(raw, libc::SOL_PACKET, libc::PACKET_AUXDATA, 1)?;
+        sys::set_option(raw, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1)?;
+        sys::set_option(raw, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 64 << 20)?;
+        Ok(PacketSocket { socket })
+    }
+
+    /// Sends a frame from its destination address on.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub fn send(&self, frame: &[u8]) -> Result<()> {
+        nix::unistd::write(&self.socket, frame)
+            .with_context(|| format!("sending a frame of {} bytes", frame.len()))?;
+        Ok(())
+    }
+
+    /// The next frame, with the tag that the kernel took out put back; `None` when none comes in time.
+    ///
+    /// # Errors
+    /// When the socket fails.
+    pub fn receive(&self, patience: Duration) -> Result<Option<Vec<u8>>> {
+        let mut buffer = vec![0; FRAME_MAX];
+        let end = Instant::now() + patience;
+        loop {
+            if let Some((length, tag)) = sys::receive_packet(self.socket.as_raw_fd(), &mut buffer)? {
+                buffer.truncate(length);
+                if let Some(tag) = tag
+                    && length >= 12
+                {
+                    let bytes = [tag.tpid.to_be_bytes(), tag.tci.to_be_bytes()].concat();
+                    buffer.splice(12..12, bytes);
+                }
+                return Ok(Some(buffer));
+            }
+            if !readable(&self.socket, end)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Waits for a frame that `wanted` accepts, passing over others.
+    ///
+    /// # Errors
+    /// When none comes in time, naming `what` was awaited.
+    pub fn expect(
+        &self,
+        what: &str,
+        patience: Duration,
+        mut wanted: impl FnMut(&[u8]) -> bool,
+    ) -> Result<Vec<u8>> {
+        let end = Instant::now() + patience;
+        loop {
+            match self.receive(end.saturating_duration_since(Instant::now()))? {
+                Some(frame) if wanted(&frame) => return Ok(frame),
+                Some(_) => {}
+                None => bail!("{what}: no such frame within {patience:?}"),
+            }
+        }
+    }
+
+    /// All frames that are waiting now and that `wanted` accepts.
+    ///
+    /// # Errors
+    /// When the socket fails.
+    pub fn drain(&self, mut wanted: impl FnMut(&[u8]) -> bool) -> Result<Vec<Vec<u8>>> {
+        let mut frames = Vec::new();
+        while let Some(frame) = self.receive(Duration::ZERO)? {
+            if wanted(&frame) {
+                frames.push(frame);
+            }
+        }
+        Ok(frames)
+    }
+}
+
+/// A tap, held as a hypervisor holds it: what is written, the VM has sent.
+#[derive(Debug)]
+pub struct Tap {
+    device: OwnedFd,
+}
+
+impl Tap {
+    /// Opens (and creates, if need be) the tap `name` in a namespace.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn open(netns: &Netns, name: &str) -> Result<Tap> {
+        Ok(Tap { device: netns.enter(|| sys::open_tap(name))? })
+    }
+
+    /// Sends a frame as the VM.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub fn send(&self, frame: &[u8]) -> Result<()> {
+        nix::unistd::write(&self.device, frame).context("writing to the tap")?;
+        Ok(())
+    }
+
+    /// Waits for a frame to the VM that `wanted` accepts, passing over others.
+    ///
+    /// # Errors
+    /// When none comes in time, naming `what` was awaited.
+    pub fn expect(
+        &self,
+        what: &str,
+        patience: Duration,
+        mut wanted: impl FnMut(&[u8]) -> bool,
+    ) -> Result<Vec<u8>> {
+        let end = Instant::now() + patience;
+        let mut buffer = vec![0; FRAME_MAX];
+        while readable(&self.device, end)? {
+            let length = nix::unistd::read(&self.device, &mut buffer).context("reading from the tap")?;
+            if wanted(&buffer[..length]) {
+                return Ok(buffer[..length].to_vec());
+            }
+        }
+        bail!("{what}: no such frame within {patience:?}")
+    }
+}
+
+/// Waits until there is something to read, at most until `end`.
+fn readable(file: &OwnedFd, end: Instant) -> Result<bool> {
+    let left = end.saturating_duration_since(Instant::now());
+    let timeout = PollTimeout::try_from(left.as_millis().min(60_000) as i32).unwrap_or(PollTimeout::MAX);
+    let mut files = [PollFd::new(file.as_fd(), PollFlags::POLLIN)];
+    match poll(&mut files, timeout) {
+        Ok(count) => Ok(count > 0),
+        Err(nix::Error::EINTR) => Ok(left > Duration::ZERO),
+        Err(error) => Err(error).context("polling"),
+    }
+}
