@@ -3,9 +3,10 @@
 //! Rules that look at the same bits form a tuple; one hash look-up under the tuple's mask finds the best of them.
 //! Tuples are sorted by their best rule, so the search ends as soon as no later tuple can win.
 
+use crate::decide::Context;
 use crate::tables::{
-    AclConfig, AclGroup, AclKey, AclVerdict, CACHE_SLOTS, Direction, LoopBody, NO_RULE, PORT_GROUPS_MAX,
-    PortConfig, RuleKey, TUPLE_CHUNK, TUPLES_MAX, Tables, TupleChunk, TupleKey,
+    AclConfig, AclKey, AclVerdict, CACHE_SLOTS, Direction, LoopBody, NO_RULE, PORT_GROUPS_MAX, PortConfig,
+    RuleKey, TUPLE_CHUNK, TUPLES_MAX, Tables, TupleChunk, TupleKey, acl_action,
 };
 
 /// Identifier of a mask in [`RuleKey::tuple`].
@@ -40,22 +41,36 @@ pub fn classify<T: Tables>(tables: &T, acl: &AclConfig, direction: Direction, ke
         tables,
         acl,
         key,
-        direction,
+        chunk: None,
+        direction: direction as u32,
+        next_group: 0,
+        group: 0,
+        version: 0,
+        generation: 0,
+        next_tuple: 0,
+        tuple_count: 0,
         rank: 0,
         verdict: AclVerdict { counter: NO_RULE, action: acl.default_action, reserved: [0; 3] },
     };
-    let rounds =
-        if acl.group_count < PORT_GROUPS_MAX as u32 { acl.group_count } else { PORT_GROUPS_MAX as u32 };
-    tables.repeat(rounds, &mut search);
+    tables.repeat(PORT_GROUPS_MAX as u32 * (TUPLES_MAX + 1), &mut search);
     search.verdict
 }
 
-/// Walks the groups of a port.
+/// Walks the groups of a port and, inside each, its tuples, best first: one loop, since BPF frames are small.
+/// The direction is a number here: as an enum it would lose its bounds in memory, for the BPF verifier.
 struct Search<'a, T> {
     tables: &'a T,
     acl: &'a AclConfig,
     key: &'a AclKey,
-    direction: Direction,
+    chunk: Option<&'a TupleChunk>,
+    direction: u32,
+    next_group: u32,
+    /// The group being walked, and what its entry said.
+    group: u32,
+    version: u32,
+    generation: u32,
+    next_tuple: u32,
+    tuple_count: u32,
     /// Of the best rule so far; 0 before the first.
     rank: u32,
     verdict: AclVerdict,
@@ -63,73 +78,39 @@ struct Search<'a, T> {
 
 impl<T: Tables> LoopBody for Search<'_, T> {
     #[inline(always)]
-    fn step(&mut self, round: u32) -> bool {
-        if round >= PORT_GROUPS_MAX as u32 {
-            return false;
+    fn step(&mut self, _round: u32) -> bool {
+        if self.next_tuple >= self.tuple_count {
+            return self.enter_group();
         }
-        let id = self.acl.groups[round as usize];
-        let Some(group) = self.tables.acl_group(id) else {
-            return true; // a group that is being made; its rules are not promised yet
-        };
-        let count = group.tuple_count[self.direction as usize];
-        let mut walk = GroupWalk {
-            tables: self.tables,
-            key: self.key,
-            group,
-            id,
-            direction: self.direction,
-            chunk: None,
-            rank: self.rank,
-            verdict: self.verdict,
-        };
-        self.tables.repeat(if count < TUPLES_MAX { count } else { TUPLES_MAX }, &mut walk);
-        self.rank = walk.rank;
-        self.verdict = walk.verdict;
-        true
-    }
-}
-
-/// Walks the tuples of a group, best first.
-struct GroupWalk<'a, T> {
-    tables: &'a T,
-    key: &'a AclKey,
-    group: &'a AclGroup,
-    id: u32,
-    direction: Direction,
-    chunk: Option<&'a TupleChunk>,
-    rank: u32,
-    verdict: AclVerdict,
-}
-
-impl<T: Tables> LoopBody for GroupWalk<'_, T> {
-    #[inline(always)]
-    fn step(&mut self, round: u32) -> bool {
-        let index = round % TUPLE_CHUNK as u32;
+        let index = self.next_tuple % TUPLE_CHUNK as u32;
         if index == 0 {
             self.chunk = self.tables.acl_tuples(&TupleKey {
-                group: self.id,
-                generation: self.group.generation,
-                direction: self.direction as u32,
-                chunk: round / TUPLE_CHUNK as u32,
+                group: self.group,
+                generation: self.generation,
+                direction: self.direction,
+                chunk: self.next_tuple / TUPLE_CHUNK as u32,
             });
         }
+        self.next_tuple += 1;
         let Some(chunk) = self.chunk else {
-            return false;
+            self.tuple_count = 0;
+            return true;
         };
         let tuple = &chunk.tuples[index as usize];
         if tuple.max_rank <= self.rank {
-            return false; // nor can any later one win
+            self.tuple_count = 0; // nor can any later one of this group win
+            return true;
         }
         let key = RuleKey {
             key: self.key.masked(&tuple.mask),
-            group_direction: self.id * 2 + self.direction as u32,
+            group_direction: self.group * 2 + self.direction,
             tuple: tuple.id,
         };
         if let Some(entry) = self.tables.acl_rule(&key) {
             let mut i = 0;
             while i < 2 {
                 let slot = &entry.slots[i];
-                if slot.rank > self.rank && slot.is_valid_in(self.group.version) {
+                if slot.rank > self.rank && slot.is_valid_in(self.version) {
                     self.rank = slot.rank;
                     self.verdict.counter = slot.counter;
                     self.verdict.action = slot.action;
@@ -141,73 +122,114 @@ impl<T: Tables> LoopBody for GroupWalk<'_, T> {
     }
 }
 
-/// The verdicts of the source's ACL and, when the destination is one known port, of its ACL too: from one cache slot.
-///
-/// `source` is `None` when only the destination's is asked for (floods).
+impl<T: Tables> Search<'_, T> {
+    #[inline(always)]
+    fn enter_group(&mut self) -> bool {
+        let next = self.next_group;
+        if next >= self.acl.group_count || next >= PORT_GROUPS_MAX as u32 {
+            return false;
+        }
+        self.next_group = next + 1;
+        self.group = self.acl.groups[next as usize];
+        self.next_tuple = 0;
+        self.tuple_count = 0;
+        // A group that is not there is being made or unmade; its rules are not promised.
+        if let Some(group) = self.tables.acl_group(self.group) {
+            self.version = group.version;
+            self.generation = group.generation;
+            self.tuple_count = group.tuple_count[(self.direction & 1) as usize];
+        }
+        true
+    }
+}
+
+/// Puts the verdicts of the source's ACL and of the destination's into the context; either may be left out. Ports
+/// without rules are answered here, from their defaults.
 #[inline(always)]
-pub(crate) fn verdicts<T: Tables>(
+pub(crate) fn look_up<T: Tables>(
     tables: &T,
-    key: &AclKey,
+    context: &mut Context,
     source: Option<(u32, &PortConfig)>,
     destination: Option<(u32, &PortConfig)>,
-) -> (AclVerdict, AclVerdict) {
-    let from_vm = source.map(|(_, port)| &port.acl[Direction::FromVm as usize]);
-    let to_vm = destination.map(|(_, port)| &port.acl[Direction::ToVm as usize]);
-    let default = |acl: Option<&AclConfig>| AclVerdict {
-        counter: NO_RULE,
-        action: match acl {
-            Some(acl) => acl.default_action,
-            None => crate::tables::acl_action::ALLOW,
-        },
-        reserved: [0; 3],
-    };
-    let mut answer = (default(from_vm), default(to_vm));
-    let from_rules = matches!(from_vm, Some(acl) if acl.group_count > 0);
-    let to_rules = matches!(to_vm, Some(acl) if acl.group_count > 0);
-    if !from_rules && !to_rules {
-        return answer;
+) {
+    let (mut ingress, mut egress) = (0, 0);
+    context.from_vm = ALLOW;
+    context.to_vm = ALLOW;
+    if let Some((id, port)) = source {
+        let acl = &port.acl[Direction::FromVm as usize];
+        context.from_vm.action = acl.default_action;
+        if acl.group_count > 0 {
+            ingress = id;
+        }
     }
-    // Only the ports whose rules decide are part of the cache's key.
-    let ingress = match source {
-        Some((id, _)) if from_rules => id,
-        _ => 0,
-    };
-    let egress = match destination {
-        Some((id, _)) if to_rules => id,
-        _ => 0,
-    };
+    if let Some((id, port)) = destination {
+        let acl = &port.acl[Direction::ToVm as usize];
+        context.to_vm.action = acl.default_action;
+        if acl.group_count > 0 {
+            egress = id;
+        }
+    }
+    if ingress != 0 || egress != 0 {
+        tables.acl_verdicts(context, ingress, egress);
+    }
+}
+
+const ALLOW: AclVerdict = AclVerdict { counter: NO_RULE, action: acl_action::ALLOW, reserved: [0; 3] };
+
+/// The verdicts of the rules of `ingress` (from-vm) and `egress` (to-vm), from one cache slot if they are there. Port 0
+/// stands for a port whose rules are not asked; its verdict in the context is left as it is.
+#[inline(always)]
+pub fn acl_verdicts<T: Tables>(tables: &T, context: &mut Context, ingress: u32, egress: u32) {
     // The epoch is read before any rule is: if tables change meanwhile, what is stored here is already outdated.
     let epoch = tables.epoch();
-    let hash = mix(key.words(), (u64::from(ingress) << 32) | u64::from(egress));
-    let cached = tables.cache(hash as u32 & (CACHE_SLOTS - 1));
-    if let Some(slot) = &cached
-        && slot.epoch == epoch
-        && slot.ingress == ingress
-        && slot.egress == egress
-        && slot.key.words() == key.words()
+    let hash = mix(context.headers.key.words(), (u64::from(ingress) << 32) | u64::from(egress));
+    let slot = hash as u32 & (CACHE_SLOTS - 1);
+    if let Some(cached) = tables.cache(slot)
+        && cached.epoch == epoch
+        && cached.ingress == ingress
+        && cached.egress == egress
+        && same(&cached.key, &context.headers.key)
     {
-        if from_rules {
-            answer.0 = slot.from_vm;
+        if ingress != 0 {
+            context.from_vm = cached.from_vm;
         }
-        if to_rules {
-            answer.1 = slot.to_vm;
+        if egress != 0 {
+            context.to_vm = cached.to_vm;
         }
-        return answer;
+        return;
     }
     tables.count_cache_miss(if ingress != 0 { ingress } else { egress });
-    if let (true, Some(acl)) = (from_rules, from_vm) {
-        answer.0 = classify(tables, acl, Direction::FromVm, key);
+    if ingress != 0
+        && let Some((port, _)) = tables.port(ingress)
+    {
+        let acl = &port.acl[Direction::FromVm as usize];
+        context.from_vm = classify(tables, acl, Direction::FromVm, &context.headers.key);
     }
-    if let (true, Some(acl)) = (to_rules, to_vm) {
-        answer.1 = classify(tables, acl, Direction::ToVm, key);
+    if egress != 0
+        && let Some((port, _)) = tables.port(egress)
+    {
+        let acl = &port.acl[Direction::ToVm as usize];
+        context.to_vm = classify(tables, acl, Direction::ToVm, &context.headers.key);
     }
-    if let Some(slot) = cached {
-        slot.key = *key;
-        slot.epoch = epoch;
-        slot.ingress = ingress;
-        slot.egress = egress;
-        slot.from_vm = answer.0;
-        slot.to_vm = answer.1;
+    if let Some(cached) = tables.cache(slot) {
+        cached.key = context.headers.key;
+        cached.epoch = epoch;
+        cached.ingress = ingress;
+        cached.egress = egress;
+        cached.from_vm = context.from_vm;
+        cached.to_vm = context.to_vm;
     }
-    answer
+}
+
+/// Word by word and without a branch for each.
+#[inline(always)]
+fn same(a: &AclKey, b: &AclKey) -> bool {
+    let (a, b) = (a.words(), b.words());
+    let mut difference = 0;
+    let mut i = 0;
+    while i < 8 {
+        difference |= a[i] ^ b[i];
+        i += 1;
+    }
+    difference == 0
 }

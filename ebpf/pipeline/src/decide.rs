@@ -1,7 +1,7 @@
 //! The stages in order: what happens to a frame between the port it came from and the ports it leaves by.
 
 use crate::acl;
-use crate::guard;
+use crate::guard::{self, ip_guard};
 use crate::parse::{Frame, Headers, Tag, parse};
 use crate::reason::DropReason;
 use crate::tables::{
@@ -79,6 +79,38 @@ pub struct Context {
     pub unknown_unicast: bool,
     /// Length for rates and counters.
     pub bytes: u32,
+    /// What the source's ACL said.
+    pub from_vm: AclVerdict,
+    /// What the destination's ACL said, where there is a single one.
+    pub to_vm: AclVerdict,
+}
+
+/// What [`decide`] needs of a frame: every [`Frame`] has it. A BPF caller implements it by calls to sub-programs, so
+/// that the verifier looks at each by itself.
+pub trait Packet {
+    /// Stage 1: see [`parse`].
+    ///
+    /// # Errors
+    /// As [`parse`].
+    fn parse(&self, headers: &mut Headers) -> Result<(), DropReason>;
+
+    /// Stage 4: see [`ip_guard`].
+    ///
+    /// # Errors
+    /// As [`ip_guard`].
+    fn ip_guard<T: Tables>(&self, tables: &T, port: u32, headers: &Headers) -> Result<(), DropReason>;
+}
+
+impl<F: Frame> Packet for F {
+    #[inline(always)]
+    fn parse(&self, headers: &mut Headers) -> Result<(), DropReason> {
+        parse(self, headers)
+    }
+
+    #[inline(always)]
+    fn ip_guard<T: Tables>(&self, tables: &T, port: u32, headers: &Headers) -> Result<(), DropReason> {
+        ip_guard(self, tables, port, headers)
+    }
 }
 
 /// How a frame leaves by one port.
@@ -90,8 +122,8 @@ pub struct Delivery {
     pub ifindex: u32,
     /// Its [`port_flag`]s.
     pub flags: u32,
-    /// The tag it gets, after [`Context::strip`].
-    pub tag: Option<Tag>,
+    /// The tag it gets after [`Context::strip`], or [`Tag::NONE`].
+    pub tag: Tag,
 }
 
 /// What [`decide`] says.
@@ -112,11 +144,21 @@ pub enum Verdict {
     Defer,
 }
 
-/// Where a frame's destination address leads.
-enum Route<'a> {
-    Port(u32, &'a PortConfig, u32),
-    /// A static or learnt port that is not in the port table.
-    Missing(u32),
+/// Where a frame's destination address leads. A struct with every field set, not an enum: payloads of the other
+/// variants would be undefined bytes, which the BPF verifier does not forgive.
+struct Route<'a> {
+    kind: RouteKind,
+    /// The port, when [`RouteKind::Port`].
+    id: u32,
+    slot: u32,
+    /// Its configuration; `None` if the port table does not have it.
+    port: Option<&'a PortConfig>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum RouteKind {
+    Port,
     Group,
     Unknown,
 }
@@ -125,8 +167,8 @@ enum Route<'a> {
 ///
 /// Drops are counted before returning. For [`Verdict::Flood`], the to-vm stages are [`flood`]'s.
 #[inline(always)]
-pub fn decide<F: Frame, T: Tables>(
-    frame: &F,
+pub fn decide<P: Packet, T: Tables>(
+    packet: &P,
     tables: &T,
     ingress: u32,
     bytes: u32,
@@ -148,7 +190,7 @@ pub fn decide<F: Frame, T: Tables>(
     context.switch = port.switch;
 
     tables.stage(Stage::Parse);
-    if let Err(reason) = parse(frame, &mut context.headers) {
+    if let Err(reason) = packet.parse(&mut context.headers) {
         return early_drop(reason);
     }
     tables.stage(Stage::PortState);
@@ -160,7 +202,9 @@ pub fn decide<F: Frame, T: Tables>(
         return early_drop(reason);
     }
     tables.stage(Stage::IpGuard);
-    if let Err(reason) = guard::ip(frame, tables, ingress, port, &context.headers) {
+    if port.flags & port_flag::IP_GUARD != 0
+        && let Err(reason) = packet.ip_guard(tables, ingress, &context.headers)
+    {
         return early_drop(reason);
     }
     tables.stage(Stage::Vlan);
@@ -177,8 +221,8 @@ pub fn decide<F: Frame, T: Tables>(
     // taken, and the two ACLs of a unicast frame share a cache slot.
     let route = route(tables, context);
     if !T::COMPLETE {
-        match &route {
-            Route::Port(_, destination, _) if destination.flags & port_flag::XDP_TARGET != 0 => {}
+        match route.port {
+            Some(destination) if destination.flags & port_flag::XDP_TARGET != 0 => {}
             _ => return Verdict::Defer,
         }
     }
@@ -189,13 +233,8 @@ pub fn decide<F: Frame, T: Tables>(
         return drop(ingress, reason);
     }
     tables.stage(Stage::AclFromVm);
-    let key = &context.headers.key;
-    let destination = match &route {
-        Route::Port(id, config, _) => Some((*id, *config)),
-        _ => None,
-    };
-    let (from_vm, to_vm) = acl::verdicts(tables, key, Some((ingress, port)), destination);
-    if !apply(tables, &from_vm, bytes) {
+    acl::look_up(tables, context, Some((ingress, port)), route.port.map(|port| (route.id, port)));
+    if !apply(tables, &context.from_vm, bytes) {
         return drop(ingress, DropReason::AclFromVm);
     }
     tables.stage(Stage::RateFromVm);
@@ -205,7 +244,7 @@ pub fn decide<F: Frame, T: Tables>(
     }
 
     tables.stage(Stage::Forward);
-    let group = key.dst_mac;
+    let group = context.headers.key.dst_mac;
     if group[0] == 0x01
         && group[1] == 0x80
         && group[2] == 0xc2
@@ -218,50 +257,49 @@ pub fn decide<F: Frame, T: Tables>(
     if port.flags & port_flag::LEARN != 0 {
         learn(tables, context, port.learn_limit);
     }
-    match route {
-        Route::Port(id, _, _) | Route::Missing(id) if id == ingress => drop(ingress, DropReason::SourcePort),
-        Route::Missing(_) => drop(ingress, DropReason::TableInconsistent),
-        Route::Port(id, destination, slot) => {
-            match deliver(tables, context, id, destination, slot, Some(to_vm)) {
-                Ok(delivery) => Verdict::Unicast(delivery),
-                Err(reason) => drop(id, reason),
-            }
-        }
-        Route::Group => Verdict::Flood,
-        Route::Unknown => {
-            context.unknown_unicast = true;
-            Verdict::Flood
-        }
+    if route.kind != RouteKind::Port {
+        context.unknown_unicast = route.kind == RouteKind::Unknown;
+        return Verdict::Flood;
+    }
+    if route.id == ingress {
+        return drop(ingress, DropReason::SourcePort);
+    }
+    let Some(destination) = route.port else {
+        return drop(ingress, DropReason::TableInconsistent);
+    };
+    match deliver(tables, context, route.id, destination, route.slot) {
+        Ok(delivery) => Verdict::Unicast(delivery),
+        Err(reason) => drop(route.id, reason),
     }
 }
 
 /// Looks the destination address up, without acting on it.
 #[inline(always)]
 fn route<'a, T: Tables>(tables: &'a T, context: &Context) -> Route<'a> {
+    let mut route = Route { kind: RouteKind::Group, id: 0, slot: 0, port: None };
     let key = &context.headers.key;
     if key.dst_mac[0] & 1 != 0 {
-        return Route::Group;
+        return route;
     }
-    let own = tables.vnic_mac(&MacKey { switch: context.switch as u16, mac: key.dst_mac });
-    let id = match own {
-        Some(id) => id,
-        None => {
-            let Some(switch) = tables.switch(context.switch) else {
-                return Route::Unknown;
-            };
-            let key = FdbKey { switch: context.switch, vlan: key.vlan, mac: key.dst_mac };
-            match tables.fdb(&key) {
-                Some(entry) if tables.now_seconds().wrapping_sub(entry.seen) <= switch.ageing_seconds => {
-                    entry.port
-                }
-                _ => return Route::Unknown,
-            }
+    route.kind = RouteKind::Unknown;
+    if let Some(id) = tables.vnic_mac(&MacKey { switch: context.switch as u16, mac: key.dst_mac }) {
+        route.id = id;
+    } else if let Some(switch) = tables.switch(context.switch) {
+        let key = FdbKey { switch: context.switch, vlan: key.vlan, mac: key.dst_mac };
+        if let Some(entry) = tables.fdb(&key)
+            && tables.now_seconds().wrapping_sub(entry.seen) <= switch.ageing_seconds
+        {
+            route.id = entry.port;
         }
-    };
-    match tables.port(id) {
-        Some((port, slot)) => Route::Port(id, port, slot),
-        None => Route::Missing(id),
     }
+    if route.id != 0 {
+        route.kind = RouteKind::Port;
+        if let Some((port, slot)) = tables.port(route.id) {
+            route.port = Some(port);
+            route.slot = slot;
+        }
+    }
+    route
 }
 
 /// Learns the source address, unless it is one of our own.
@@ -289,7 +327,7 @@ fn apply<T: Tables>(tables: &T, verdict: &AclVerdict, bytes: u32) -> bool {
     verdict.action == acl_action::ALLOW
 }
 
-/// The to-vm stages of one destination. `verdict` is its ACL's, where that is known already.
+/// The to-vm stages of one destination, whose ACL's verdict is in the context.
 #[inline(always)]
 fn deliver<T: Tables>(
     tables: &T,
@@ -297,7 +335,6 @@ fn deliver<T: Tables>(
     id: u32,
     port: &PortConfig,
     slot: u32,
-    verdict: Option<AclVerdict>,
 ) -> Result<Delivery, DropReason> {
     tables.stage(Stage::Egress);
     const READY: u32 = port_flag::UP | port_flag::ATTACHED;
@@ -307,11 +344,7 @@ fn deliver<T: Tables>(
     let key = &context.headers.key;
     let tag = vlan::egress(tables, port, slot, key.vlan, context.priority)?;
     tables.stage(Stage::AclToVm);
-    let verdict = match verdict {
-        Some(verdict) => verdict,
-        None => acl::verdicts(tables, key, None, Some((id, port))).1,
-    };
-    if !apply(tables, &verdict, context.bytes) {
+    if !apply(tables, &context.to_vm, context.bytes) {
         return Err(DropReason::AclToVm);
     }
     tables.stage(Stage::RateToVm);
@@ -337,13 +370,14 @@ pub trait Sink {
 /// # Errors
 /// `NoDestination`, counted on the ingress port.
 #[inline(always)]
-pub fn flood<T: Tables, S: Sink>(tables: &T, context: &Context, sink: &mut S) -> Result<(), DropReason> {
+pub fn flood<T: Tables, S: Sink>(tables: &T, context: &mut Context, sink: &mut S) -> Result<(), DropReason> {
     tables.count_flood(context.ingress);
     let mut found = false;
     if context.unknown_unicast {
         list(tables, context, FLOOD_UNKNOWN, sink, &mut found);
     } else {
-        list(tables, context, context.headers.key.vlan, sink, &mut found);
+        let vlan = context.headers.key.vlan;
+        list(tables, context, vlan, sink, &mut found);
         list(tables, context, FLOOD_TRUNKS, sink, &mut found);
     }
     if found {
@@ -354,7 +388,7 @@ pub fn flood<T: Tables, S: Sink>(tables: &T, context: &Context, sink: &mut S) ->
 }
 
 #[inline(always)]
-fn list<T: Tables, S: Sink>(tables: &T, context: &Context, vlan: Vlan, sink: &mut S, found: &mut bool) {
+fn list<T: Tables, S: Sink>(tables: &T, context: &mut Context, vlan: Vlan, sink: &mut S, found: &mut bool) {
     let mut chunks = Chunks { tables, context, vlan, sink, found: false };
     tables.repeat(FLOOD_CHUNKS_MAX, &mut chunks);
     *found |= chunks.found;
@@ -363,7 +397,7 @@ fn list<T: Tables, S: Sink>(tables: &T, context: &Context, vlan: Vlan, sink: &mu
 /// Walks the chunks of a flood list.
 struct Chunks<'a, T, S> {
     tables: &'a T,
-    context: &'a Context,
+    context: &'a mut Context,
     vlan: Vlan,
     sink: &'a mut S,
     found: bool,
@@ -377,8 +411,13 @@ impl<T: Tables, S: Sink> LoopBody for Chunks<'_, T, S> {
             return false;
         };
         let count = if chunk.count < FLOOD_CHUNK as u32 { chunk.count } else { FLOOD_CHUNK as u32 };
-        let mut ports =
-            Ports { tables: self.tables, context: self.context, sink: &mut *self.sink, chunk, found: false };
+        let mut ports = Ports {
+            tables: self.tables,
+            context: &mut *self.context,
+            sink: &mut *self.sink,
+            chunk,
+            found: false,
+        };
         self.tables.repeat(count, &mut ports);
         self.found |= ports.found;
         count == FLOOD_CHUNK as u32
@@ -388,7 +427,7 @@ impl<T: Tables, S: Sink> LoopBody for Chunks<'_, T, S> {
 /// Walks the ports of a chunk.
 struct Ports<'a, T, S> {
     tables: &'a T,
-    context: &'a Context,
+    context: &'a mut Context,
     sink: &'a mut S,
     chunk: &'a FloodChunk,
     found: bool,
@@ -407,12 +446,16 @@ impl<T: Tables, S: Sink> LoopBody for Ports<'_, T, S> {
         let Some((port, slot)) = self.tables.port(id) else {
             return true;
         };
-        match deliver(self.tables, self.context, id, port, slot, None) {
+        if !vlan::carries(self.tables, port, slot, self.context.headers.key.vlan) {
+            return true; // not a destination of this flood, so its ACL is not asked
+        }
+        acl::look_up(self.tables, self.context, None, Some((id, port)));
+        match deliver(self.tables, self.context, id, port, slot) {
             Ok(delivery) => {
                 self.found = true;
                 self.sink.emit(&delivery);
             }
-            Err(DropReason::VlanEgress | DropReason::DestinationDown) => {} // not a destination of this flood
+            Err(DropReason::VlanEgress | DropReason::DestinationDown) => {} // nor is this one
             Err(reason) => {
                 self.found = true;
                 self.tables.count_drop(id, reason);

@@ -42,18 +42,20 @@ pub(crate) fn mac(port: &PortConfig, headers: &Headers) -> Result<(), DropReason
     Ok(())
 }
 
-/// Stage 4.
+/// Stage 4, for a port whose IP guard is on.
+///
+/// # Errors
+/// `IpGuardIpv4`, `IpGuardArp`, `IpGuardIpv6` or `IpGuardNd`.
 #[inline(always)]
-pub(crate) fn ip<F: Frame, T: Tables>(
+pub fn ip_guard<F: Frame, T: Tables>(
     frame: &F,
     tables: &T,
     id: u32,
-    port: &PortConfig,
     headers: &Headers,
 ) -> Result<(), DropReason> {
-    if port.flags & port_flag::IP_GUARD == 0 {
-        return Ok(());
-    }
+    let Some((port, _)) = tables.port(id) else {
+        return Err(DropReason::PortUnknown);
+    };
     let key = &headers.key;
     if key.facts & fact::IPV6 != 0 {
         return ipv6(frame, tables, id, port, headers);

@@ -22,8 +22,9 @@ mod reason;
 pub mod tables;
 mod vlan;
 
-pub use acl::{classify, mask_id};
-pub use decide::{Context, Delivery, Sink, Stage, Verdict, decide, flood};
+pub use acl::{acl_verdicts, classify, mask_id};
+pub use decide::{Context, Delivery, Packet, Sink, Stage, Verdict, decide, flood};
+pub use guard::ip_guard;
 pub use parse::{Frame, HEADER_WINDOW, Headers, L3_WINDOW, Tag, ethertype, ip_proto, parse};
 pub use rate::conform;
 pub use reason::{DropReason, REASONS_MAX};

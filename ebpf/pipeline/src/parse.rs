@@ -52,6 +52,15 @@ pub struct Tag {
 }
 
 impl Tag {
+    /// No tag. (An `Option` would leave its bytes undefined, which the BPF verifier does not forgive.)
+    pub const NONE: Tag = Tag { tpid: 0, tci: 0 };
+
+    /// Whether there is a tag at all.
+    #[inline(always)]
+    pub const fn is_some(self) -> bool {
+        self.tpid != 0
+    }
+
     /// The VLAN identifier; 0 in a priority tag.
     #[inline(always)]
     pub const fn vid(self) -> u16 {
@@ -65,8 +74,8 @@ pub trait Frame {
     fn length(&self) -> u32;
     /// `N` bytes from `offset`, or `None` if they reach past the end or past [`HEADER_WINDOW`].
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
-    /// The outermost VLAN tag, if it travels beside the bytes (the kernel takes it out of received frames).
-    fn tag(&self) -> Option<Tag>;
+    /// The outermost VLAN tag, if it is there and travels beside the bytes (the kernel takes it out of received frames).
+    fn tag(&self) -> Tag;
 }
 
 /// What [`parse`] found.
@@ -100,8 +109,9 @@ pub fn parse<F: Frame>(frame: &F, out: &mut Headers) -> Result<(), DropReason> {
     let mut ethertype = be16(ethernet[12], ethernet[13]);
     let mut l3 = 14;
     let mut tag_count = 0;
-    if let Some(tag) = frame.tag() {
-        out.outer = tag;
+    let beside = frame.tag();
+    if beside.is_some() {
+        out.outer = beside;
         tag_count = 1;
     }
     let mut round = 0;

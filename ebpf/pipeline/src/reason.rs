@@ -24,6 +24,28 @@ macro_rules! drop_reasons {
                 }
             }
 
+            /// Its number, or 0 for success: how a BPF sub-program returns.
+            pub const fn code(result: Result<(), DropReason>) -> u32 {
+                match result {
+                    Ok(()) => 0,
+                    Err(reason) => reason as u32,
+                }
+            }
+
+            /// The opposite of [`code`](Self::code).
+            ///
+            /// # Errors
+            /// The reason with that number; an unknown one reads as [`TableInconsistent`](Self::TableInconsistent).
+            pub const fn from_code(code: u32) -> Result<(), DropReason> {
+                if code == 0 {
+                    return Ok(());
+                }
+                match DropReason::from_number(code as u8) {
+                    Some(reason) => Err(reason),
+                    None => Err(DropReason::TableInconsistent),
+                }
+            }
+
             /// Stable name in `lower-kebab-case`, as printed by `sluice drops` and used in metrics.
             pub const fn name(self) -> &'static str {
                 match self {

@@ -470,7 +470,7 @@ pub struct RuleEntry {
 }
 
 /// What the ACL said about a packet: in a cache slot, or fresh.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct AclVerdict {
     /// Counter of the rule that matched, or [`NO_RULE`].
@@ -596,6 +596,15 @@ pub trait Tables {
 
     /// Runs `body` up to `rounds` times (a BPF caller cannot have plain loops of run-time length).
     fn repeat<B: LoopBody>(&self, rounds: u32, body: &mut B);
+
+    /// Looks up the ACL verdicts: see [`acl_verdicts`](crate::acl_verdicts). A BPF caller does it in a sub-program.
+    #[inline(always)]
+    fn acl_verdicts(&self, context: &mut crate::Context, ingress: u32, egress: u32)
+    where
+        Self: Sized,
+    {
+        crate::acl_verdicts(self, context, ingress, egress);
+    }
 
     /// Told at every stage a packet enters; for tracing.
     #[inline(always)]

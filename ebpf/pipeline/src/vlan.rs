@@ -59,7 +59,7 @@ pub(crate) fn ingress<T: Tables>(
     Ok(Classified { vlan, priority: headers.outer.tci & 0xf000, strip: tagged })
 }
 
-/// The tag that a frame of `vlan` carries out of `port`.
+/// The tag that a frame of `vlan` carries out of `port`, or [`Tag::NONE`].
 ///
 /// # Errors
 /// `VlanEgress` if the port is not a member.
@@ -70,11 +70,11 @@ pub(crate) fn egress<T: Tables>(
     slot: u32,
     vlan: Vlan,
     priority: u16,
-) -> Result<Option<Tag>, DropReason> {
+) -> Result<Tag, DropReason> {
     match port.vlan_mode {
         vlan_mode::TRUNK => {
             if port.flags & port_flag::NATIVE != 0 && vlan == port.native {
-                return Ok(None);
+                return Ok(Tag::NONE);
             }
             if vlan.is_service() || vlan == Vlan::UNTAGGED || !tables.trunk_allows(slot, vlan.vid()) {
                 return Err(DropReason::VlanEgress);
@@ -82,15 +82,21 @@ pub(crate) fn egress<T: Tables>(
         }
         vlan_mode::ALL => {
             if vlan == port.native {
-                return Ok(None);
+                return Ok(Tag::NONE);
             }
             if vlan == Vlan::UNTAGGED {
                 return Err(DropReason::VlanEgress); // untagged would be the native VLAN there
             }
         }
-        _ if vlan == port.vlan => return Ok(None),
+        _ if vlan == port.vlan => return Ok(Tag::NONE),
         _ => return Err(DropReason::VlanEgress),
     }
     let tpid = if vlan.is_service() { ethertype::STAG } else { ethertype::CTAG };
-    Ok(Some(Tag { tpid, tci: vlan.vid() | priority }))
+    Ok(Tag { tpid, tci: vlan.vid() | priority })
+}
+
+/// Whether `port` is a member of `vlan`.
+#[inline(always)]
+pub(crate) fn carries<T: Tables>(tables: &T, port: &PortConfig, slot: u32, vlan: Vlan) -> bool {
+    egress(tables, port, slot, vlan, 0).is_ok()
 }

@@ -1,0 +1,74 @@
+//! Reading packet bytes: one bounds check, then wide loads.
+
+use sluice_pipeline::{Frame, HEADER_WINDOW, Tag};
+
+/// A frame's linear bytes, as two packet pointers that the verifier knows.
+pub struct Linear {
+    /// `data` of the context.
+    pub data: usize,
+    /// `data_end` of the context.
+    pub data_end: usize,
+    /// Whole length, linear or not.
+    pub length: u32,
+    /// The tag beside the bytes.
+    pub tag: Tag,
+}
+
+impl Frame for Linear {
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        self.length
+    }
+
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        if offset > HEADER_WINDOW - N as u32 {
+            return None;
+        }
+        let start = self.data + offset as usize;
+        if start + N > self.data_end {
+            return None;
+        }
+        // SAFETY: the two checks above bound the access, and the verifier insists on them.
+        Some(unsafe { copy(start as *const u8) })
+    }
+
+    #[inline(always)]
+    fn tag(&self) -> Tag {
+        self.tag
+    }
+}
+
+/// Copies `N` bytes by loads as wide as they come.
+///
+/// # Safety
+/// `N` bytes are readable at `from`. Alignment does not matter: Sluice runs where the kernel allows unaligned access
+/// to packets (`CONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS`), and a BPF load is one instruction at any address.
+#[inline(always)]
+unsafe fn copy<const N: usize>(from: *const u8) -> [u8; N] {
+    let mut out = core::mem::MaybeUninit::<[u8; N]>::uninit();
+    let to = out.as_mut_ptr().cast::<u8>();
+    let mut at = 0;
+    // SAFETY: every access lies within N bytes of both pointers.
+    unsafe {
+        while at + 8 <= N {
+            let word = from.add(at).cast::<u64>().read();
+            to.add(at).cast::<u64>().write_unaligned(word);
+            at += 8;
+        }
+        if at + 4 <= N {
+            let word = from.add(at).cast::<u32>().read();
+            to.add(at).cast::<u32>().write_unaligned(word);
+            at += 4;
+        }
+        if at + 2 <= N {
+            let word = from.add(at).cast::<u16>().read();
+            to.add(at).cast::<u16>().write_unaligned(word);
+            at += 2;
+        }
+        if at < N {
+            to.add(at).write(from.add(at).read());
+        }
+        out.assume_init()
+    }
+}

@@ -1,0 +1,159 @@
+//! XDP: the short way for known unicast, and early drops.
+
+use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
+use aya_ebpf::bindings::xdp_md;
+use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_get_buff_len};
+use aya_ebpf::programs::XdpContext;
+use sluice_pipeline::{
+    Context, Delivery, DropReason, HEADER_WINDOW, Headers, Packet, Tables, Tag, Verdict, decide, ip_guard,
+    parse,
+};
+
+use crate::maps;
+use crate::packet::Linear;
+use crate::tables::{Maps, count_tx};
+
+const TABLES: Maps<false> = Maps;
+
+/// Frames that this program cannot serve go on to TCX on the same interface, uncounted.
+#[inline(always)]
+pub fn ingress(ctx: &XdpContext) -> u32 {
+    // SAFETY: the context is valid while the program runs.
+    let (ifindex, length) = unsafe { ((*ctx.ctx).ingress_ifindex, bpf_xdp_get_buff_len(ctx.ctx) as u32) };
+    // SAFETY: one word.
+    let port = unsafe { maps::PORT_OF.get(ifindex) }.copied().unwrap_or(0);
+    let Some(context) = maps::SCRATCH.get_ptr_mut(0) else {
+        return XDP_DROP;
+    };
+    // SAFETY: per-CPU element, and programs on one CPU do not nest.
+    let context = unsafe { &mut *context };
+    *context = Context::default();
+
+    let window = if length < HEADER_WINDOW { length } else { HEADER_WINDOW };
+    let (data, data_end) = (ctx.data(), ctx.data_end());
+    if data + window as usize > data_end {
+        return XDP_PASS; // headers spread over several buffers: TCX can pull them together
+    }
+    match decide(&Buffer { ctx: ctx.ctx }, &TABLES, port, length, context) {
+        Verdict::Unicast(delivery) => {
+            if rewrite(ctx, context, &delivery).is_err() {
+                TABLES.count_drop(delivery.port, DropReason::EgressFailed);
+                return XDP_DROP;
+            }
+            count_tx(delivery.port, length);
+            maps::DEVMAP.redirect(delivery.port, 0).unwrap_or(XDP_DROP)
+        }
+        Verdict::Drop { .. } => XDP_DROP,
+        Verdict::Flood | Verdict::Defer => XDP_PASS,
+    }
+}
+
+/// A frame as XDP has it; see `tc::Skb`.
+struct Buffer {
+    ctx: *mut xdp_md,
+}
+
+impl Packet for Buffer {
+    #[inline(always)]
+    fn parse(&self, headers: &mut Headers) -> Result<(), DropReason> {
+        // SAFETY: both pointers are valid while the program runs.
+        DropReason::from_code(unsafe { sluice_xdp_parse(self.ctx, headers) })
+    }
+
+    #[inline(always)]
+    fn ip_guard<T: Tables>(&self, _: &T, port: u32, headers: &Headers) -> Result<(), DropReason> {
+        // SAFETY: both pointers are valid while the program runs.
+        DropReason::from_code(unsafe { sluice_xdp_ip_guard(self.ctx, headers, port) })
+    }
+}
+
+/// # Safety
+/// `ctx` is the running program's context.
+#[inline(always)]
+unsafe fn linear(ctx: *mut xdp_md) -> Linear {
+    // SAFETY: the caller's.
+    unsafe {
+        let length = bpf_xdp_get_buff_len(ctx) as u32;
+        Linear { data: (*ctx).data as usize, data_end: (*ctx).data_end as usize, length, tag: Tag::NONE }
+    }
+}
+
+/// Sub-program: parse. Returns [`DropReason::code`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+unsafe extern "C" fn sluice_xdp_parse(ctx: *mut xdp_md, headers: *mut Headers) -> u32 {
+    if headers.is_null() {
+        return DropReason::TableInconsistent as u32;
+    }
+    // SAFETY: the program's context, and memory that the verifier knows to be a `Headers`.
+    DropReason::code(unsafe { parse(&linear(ctx), &mut *headers) })
+}
+
+/// Sub-program: IP guard. Returns [`DropReason::code`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+unsafe extern "C" fn sluice_xdp_ip_guard(ctx: *mut xdp_md, headers: *const Headers, port: u32) -> u32 {
+    if headers.is_null() {
+        return DropReason::TableInconsistent as u32;
+    }
+    // SAFETY: as above.
+    DropReason::code(unsafe { ip_guard(&linear(ctx), &TABLES, port, &*headers) })
+}
+
+/// Takes the tag off, puts one on, or changes it.
+#[inline(always)]
+fn rewrite(ctx: &XdpContext, context: &Context, delivery: &Delivery) -> Result<(), ()> {
+    let tag = delivery.tag;
+    if context.strip && tag.is_some() {
+        if tag != context.headers.outer {
+            let at = bytes::<16>(ctx)?;
+            // SAFETY: checked by `bytes`.
+            unsafe { write_tag(at, tag) };
+        }
+        return Ok(());
+    }
+    if context.strip {
+        let at = bytes::<16>(ctx)?;
+        // SAFETY: checked by `bytes`; read before written.
+        unsafe {
+            let addresses = at.cast::<[u32; 3]>().read_unaligned();
+            at.add(4).cast::<[u32; 3]>().write_unaligned(addresses);
+        }
+        return adjust_head(ctx, 4);
+    }
+    if tag.is_some() {
+        adjust_head(ctx, -4)?;
+        let at = bytes::<16>(ctx)?;
+        // SAFETY: checked by `bytes`; read before written.
+        unsafe {
+            let addresses = at.add(4).cast::<[u32; 3]>().read_unaligned();
+            at.cast::<[u32; 3]>().write_unaligned(addresses);
+            write_tag(at, tag);
+        }
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn adjust_head(ctx: &XdpContext, delta: i32) -> Result<(), ()> {
+    // SAFETY: the context is valid while the program runs.
+    if unsafe { bpf_xdp_adjust_head(ctx.ctx, delta) } == 0 { Ok(()) } else { Err(()) }
+}
+
+/// The first `N` bytes, for writing.
+#[inline(always)]
+fn bytes<const N: usize>(ctx: &XdpContext) -> Result<*mut u8, ()> {
+    let data = ctx.data();
+    if data + N > ctx.data_end() { Err(()) } else { Ok(data as *mut u8) }
+}
+
+/// # Safety
+/// 16 bytes are writable at `frame`.
+#[inline(always)]
+unsafe fn write_tag(frame: *mut u8, tag: Tag) {
+    // SAFETY: bytes 12 to 15.
+    unsafe {
+        frame.add(12).cast::<u16>().write_unaligned(tag.tpid.to_be());
+        frame.add(14).cast::<u16>().write_unaligned(tag.tci.to_be());
+    }
+}
