@@ -18,23 +18,19 @@ pub type Counters = BTreeMap<(String, String), u64>;
 /// The `sluice` command, talking to one daemon.
 #[derive(Clone, Debug)]
 pub struct Sluice {
-    program: PathBuf,
     socket: PathBuf,
 }
 
 impl Sluice {
     /// One that talks to the daemon behind `socket`.
-    ///
-    /// # Errors
-    /// When the CLI is not built.
-    pub fn new(socket: &Path) -> Result<Sluice> {
-        Ok(Sluice { program: program("sluice")?, socket: socket.to_owned() })
+    pub fn new(socket: &Path) -> Sluice {
+        Sluice { socket: socket.to_owned() }
     }
 
-    fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(&self.program);
+    fn command(&self, words: &[&str]) -> Result<Command> {
+        let mut command = Command::new(program("sluice")?);
         command.arg("--socket").arg(&self.socket).args(words).env("NO_COLOR", "1").stdin(Stdio::null());
-        command
+        Ok(command)
     }
 
     /// Runs it and returns its standard output.
@@ -42,15 +38,15 @@ impl Sluice {
     /// # Errors
     /// When it fails.
     pub fn run(&self, words: &[&str]) -> Result<String> {
-        check(&mut self.command(words))
+        check(&mut self.command(words)?)
     }
 
     /// Runs it and returns what became of it, whatever that is.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// When it is not built or cannot be started.
     pub fn attempt(&self, words: &[&str]) -> Result<Output> {
-        self.command(words).output().context("running sluice")
+        self.command(words)?.output().context("running sluice")
     }
 
     /// Runs it with `-o json` and reads what it prints.

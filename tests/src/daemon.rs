@@ -52,7 +52,7 @@ impl Daemon {
             .spawn()
             .context("starting sluiced")?;
         let mut daemon = Daemon { child, log: places.log.clone() };
-        let sluice = Sluice::new(&places.socket)?;
+        let sluice = Sluice::new(&places.socket);
         let pid = daemon.pid();
         let start = Instant::now();
         loop {

@@ -10,9 +10,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::RcvBufForce;
 
 use crate::netns::Netns;
+use crate::wait::wait_until;
 
 /// Most packets in flight: below the kernel's backlog of 1 000 packets per CPU.
 const WINDOW: u64 = 256;
@@ -33,6 +36,7 @@ pub struct Flow {
     shared: Arc<Shared>,
     sender: JoinHandle<Result<()>>,
     receiver: JoinHandle<Result<Arrivals>>,
+    started: Instant,
 }
 
 /// What became of a stream.
@@ -48,7 +52,7 @@ pub struct FlowReport {
     pub reordered: u64,
     /// Longest time between two arrivals.
     pub longest_gap: Duration,
-    /// From the first to the last packet.
+    /// How long packets were sent.
     pub lasted: Duration,
 }
 
@@ -95,6 +99,8 @@ impl Flow {
     /// When the sockets cannot be opened.
     pub fn start(from: &Netns, to: &Netns, address: SocketAddr) -> Result<Flow> {
         let inbound = to.enter(|| UdpSocket::bind(address).context("binding the receiver"))?;
+        // The default holds fewer small packets than a window.
+        setsockopt(&inbound, RcvBufForce, &(16 << 20)).context("enlarging the receiver's buffer")?;
         inbound.set_read_timeout(Some(Duration::from_millis(20)))?;
         let any: SocketAddr = if address.is_ipv4() { "0.0.0.0:0".parse()? } else { "[::]:0".parse()? };
         let outbound = from.enter(|| UdpSocket::bind(any).context("binding the sender"))?;
@@ -112,7 +118,7 @@ impl Flow {
             let shared = Arc::clone(&shared);
             std::thread::spawn(move || receive(&inbound, &shared))
         };
-        Ok(Flow { shared, sender, receiver })
+        Ok(Flow { shared, sender, receiver, started: Instant::now() })
     }
 
     /// Packets sent so far.
@@ -125,12 +131,23 @@ impl Flow {
         self.shared.received.load(Ordering::Relaxed)
     }
 
+    /// Waits until so many packets have arrived since it started.
+    ///
+    /// # Errors
+    /// When they do not in time.
+    pub fn wait_received(&self, packets: u64, patience: Duration) -> Result<()> {
+        wait_until(&format!("{packets} packets have arrived"), patience, || {
+            let received = self.received();
+            if received >= packets { Ok(Some(())) } else { bail!("{received} of {} sent", self.sent()) }
+        })
+    }
+
     /// Stops sending, waits for what is in flight, and counts.
     ///
     /// # Errors
     /// When a socket failed.
     pub fn finish(self) -> Result<FlowReport> {
-        let stopped = Instant::now();
+        let lasted = self.started.elapsed();
         self.shared.stop.store(true, Ordering::SeqCst);
         self.sender.join().map_err(|_| anyhow!("the sender panicked"))??;
         let arrivals = self.receiver.join().map_err(|_| anyhow!("the receiver panicked"))??;
@@ -140,7 +157,7 @@ impl Flow {
             duplicated: arrivals.duplicated,
             reordered: arrivals.reordered,
             longest_gap: arrivals.longest_gap,
-            lasted: stopped.elapsed(),
+            lasted,
         })
     }
 }

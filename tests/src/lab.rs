@@ -1,6 +1,7 @@
 //! A host with a switch, and the VMs and networks around it.
 
 use std::fmt::Write as _;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,9 +10,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use tempfile::TempDir;
 
-use crate::api::Sluice;
+use crate::api::{Sluice, list, text};
 use crate::daemon::{Daemon, Places, log_tail};
 use crate::netns::{self, Netns, check};
+use crate::tools;
 use crate::wire::{Mac, mac_text};
 
 /// Interface of a VM inside its namespace.
@@ -34,21 +36,26 @@ pub struct Lab {
 }
 
 /// A VM, or a machine outside, wired to a port of the host.
+///
+/// Number `n` has the MAC address `02:00:00:00:hh:ll` and, unless it is bare, the addresses `10.77.h.l/16` and
+/// `fd77::n/64`, where `hh` and `ll` are the high and low byte of `n`.
 #[derive(Debug)]
 pub struct Vm {
+    /// Its name, as a vNIC too.
+    pub name: String,
     /// Its namespace; its interface is [`INTERFACE`].
     pub netns: Netns,
     /// The host's end.
     pub port: String,
-    /// Its address.
-    pub mac: Mac,
+    /// Its number.
+    pub number: u16,
 }
 
 impl Lab {
     /// Makes the host; nothing runs in it yet. Sweeps up what dead tests have left.
     ///
     /// # Errors
-    /// Without root, or when the programs are not built.
+    /// Without root.
     pub fn new() -> Result<Lab> {
         static LABS: AtomicU32 = AtomicU32::new(0);
         if !nix::unistd::geteuid().is_root() {
@@ -67,7 +74,7 @@ impl Lab {
         let host = Netns::create(&format!("{prefix}-host"))?;
         // The host's ends of ports are wires, not hosts: without IPv6 they say nothing of their own.
         host.sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
-        let sluice = Sluice::new(&places.socket)?;
+        let sluice = Sluice::new(&places.socket);
         Ok(Lab { prefix, places, sluice, host, _folder: folder })
     }
 
@@ -102,14 +109,64 @@ impl Lab {
         Netns::create(&format!("{}-{role}", self.prefix))
     }
 
-    /// A VM whose interface is wired to `port` of the host by a veth pair.
+    /// VM number `number` with its addresses: namespace and vNIC `vm<number>`, port `p<number>`.
     ///
     /// # Errors
     /// When it cannot be made.
-    pub fn vm(&self, role: &str, port: &str, mac: Mac) -> Result<Vm> {
-        let vm = Vm { netns: self.netns(role)?, port: port.to_owned(), mac };
+    pub fn vm(&self, number: u16) -> Result<Vm> {
+        let vm = self.bare_vm(number)?;
+        vm.default_addresses()?;
+        Ok(vm)
+    }
+
+    /// VM number `number` without addresses.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn bare_vm(&self, number: u16) -> Result<Vm> {
+        self.machine(format!("vm{number}"), format!("p{number}"), number)
+    }
+
+    /// The machine number `number` behind the uplink `up<number>`.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn outside(&self, number: u16) -> Result<Vm> {
+        let machine = self.machine(format!("out{number}"), format!("up{number}"), number)?;
+        machine.default_addresses()?;
+        Ok(machine)
+    }
+
+    fn machine(&self, name: String, port: String, number: u16) -> Result<Vm> {
+        let vm = Vm { netns: self.netns(&name)?, name, port, number };
         self.wire(&vm, &[])?;
         Ok(vm)
+    }
+
+    /// VMs number 1 and 2 on switch `blue`, with nothing but the default policy, ready.
+    ///
+    /// # Errors
+    /// When they do not get ready.
+    pub fn pair(&self) -> Result<(Vm, Vm)> {
+        let (vm1, vm2) = (self.vm(1)?, self.vm(2)?);
+        self.apply(&format!("switches: [{{name: blue}}]\nvnics:\n{}{}", vm1.vnic(""), vm2.vnic("")))?;
+        Ok((vm1, vm2))
+    }
+
+    /// Applies YAML and waits until every switch and vNIC in the answer is ready.
+    ///
+    /// # Errors
+    /// When it is refused or something does not get ready.
+    pub fn apply(&self, yaml: &str) -> Result<()> {
+        let answer = self.sluice.apply(yaml)?;
+        for result in list(&answer["results"]) {
+            match text(&result["resource"]).split_once('/') {
+                Some(("switches", name)) => self.sluice.wait_ready("switch", name, PATIENCE)?,
+                Some(("vnics", name)) => self.sluice.wait_ready("vnic", name, PATIENCE)?,
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Makes the veth pair between a VM and its port (again), with further words for `ip link add` such as `mtu 9000`.
@@ -117,7 +174,7 @@ impl Lab {
     /// # Errors
     /// When it cannot be made.
     pub fn wire(&self, vm: &Vm, options: &[&str]) -> Result<()> {
-        let address = mac_text(vm.mac);
+        let address = mac_text(vm.mac());
         let words: Vec<&str> = ["ip", "link", "add", &vm.port]
             .into_iter()
             .chain(options.iter().copied())
@@ -163,17 +220,53 @@ impl Drop for Lab {
 }
 
 impl Vm {
-    /// Gives its interface an address with a prefix length, IPv4 or IPv6.
+    /// Its MAC address.
+    pub fn mac(&self) -> Mac {
+        let [high, low] = self.number.to_be_bytes();
+        [0x02, 0, 0, 0, high, low]
+    }
+
+    /// Its IPv4 address.
+    pub fn ip4(&self) -> Ipv4Addr {
+        let [high, low] = self.number.to_be_bytes();
+        Ipv4Addr::new(10, 77, high, low)
+    }
+
+    /// Its IPv6 address.
+    pub fn ip6(&self) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, self.number)
+    }
+
+    /// Gives its interface its addresses.
     ///
     /// # Errors
     /// When `ip` fails.
-    pub fn address(&self, address: &str) -> Result<()> {
-        self.netns.address(INTERFACE, address)
+    pub fn default_addresses(&self) -> Result<()> {
+        self.netns.address(INTERFACE, &format!("{}/16", self.ip4()))?;
+        self.netns.address(INTERFACE, &format!("{}/64", self.ip6()))
     }
 
-    /// Its MAC address in the usual notation.
-    pub fn mac_text(&self) -> String {
-        mac_text(self.mac)
+    /// Its vNIC on switch `blue` as an item of the YAML list `vnics`; `rest` are further fields in flow style, such
+    /// as `policy: {dhcpGuard: true}`.
+    pub fn vnic(&self, rest: &str) -> String {
+        let (name, port, mac) = (&self.name, &self.port, mac_text(self.mac()));
+        format!("- {{name: {name}, switch: blue, attach: {{veth: {port}}}, mac: \"{mac}\", {rest}}}\n")
+    }
+
+    /// Pings another machine over IPv4: waits for the first answer, then wants three of three.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn ping(&self, other: &Vm) -> Result<()> {
+        tools::ping(&self.netns, &other.ip4().to_string())
+    }
+
+    /// Wants three pings to another machine over IPv4 to stay unanswered.
+    ///
+    /// # Errors
+    /// When one is answered.
+    pub fn no_ping(&self, other: &Vm) -> Result<()> {
+        tools::no_ping(&self.netns, &other.ip4().to_string())
     }
 }
 

@@ -23,7 +23,8 @@ pub mod wire;
 
 pub use api::{Counters, Sluice};
 pub use daemon::Daemon;
-pub use lab::{Lab, scenario};
+pub use flow::Flow;
+pub use lab::{Lab, PATIENCE, Vm, scenario};
 pub use netns::Netns;
 pub use packet::{PacketSocket, Tap};
 pub use wait::wait_until;

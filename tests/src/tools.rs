@@ -1,6 +1,6 @@
 //! The tools that people use to try a network: ping, iperf3, a DHCP server and client.
 
-use std::net::IpAddr;
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Duration;
@@ -127,7 +127,7 @@ impl DhcpServer {
     ///
     /// # Errors
     /// When it does not start.
-    pub fn start(netns: &Netns, first: IpAddr, last: IpAddr) -> Result<DhcpServer> {
+    pub fn start(netns: &Netns, first: Ipv4Addr, last: Ipv4Addr) -> Result<DhcpServer> {
         let folder = tempfile::tempdir()?;
         // dnsmasq gives up root and then writes its leases.
         let leases = folder.path().join("leases");
@@ -163,7 +163,7 @@ impl DhcpServer {
 ///
 /// # Errors
 /// When the client cannot run.
-pub fn dhcp_lease(netns: &Netns) -> Result<Option<IpAddr>> {
+pub fn dhcp_lease(netns: &Netns) -> Result<Option<Ipv4Addr>> {
     let folder = tempfile::tempdir()?;
     let script = folder.path().join("script");
     let lease = folder.path().join("lease");

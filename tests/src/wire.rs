@@ -1,6 +1,6 @@
 //! Frames, byte by byte, for tests that need exactly those.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// A MAC address.
 pub type Mac = [u8; 6];
@@ -138,6 +138,23 @@ pub fn arp(destination: Mac, operation: u16, sender: (Mac, Ipv4Addr), target: (M
     body.extend(target.1.octets());
     body.resize(46, 0);
     ethernet(destination, sender.0, &[], ETHERTYPE_ARP, &body)
+}
+
+/// An IPv6 router advertisement to all nodes, from the link-local address of `source`.
+pub fn router_advertisement(source: Mac) -> Vec<u8> {
+    let own = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, u16::from(source[5]));
+    let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+    // Hop limit 64, no flags, lifetime 30 minutes, no timers.
+    let mut message = vec![134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+    let pseudo =
+        [&own.octets()[..], &all_nodes.octets(), &[0, 0, 0, message.len() as u8, 0, 0, 0, 58]].concat();
+    let sum = checksum(&[pseudo, message.clone()].concat());
+    message[2..4].copy_from_slice(&sum.to_be_bytes());
+    let mut packet = vec![0x60, 0, 0, 0, 0, message.len() as u8, 58, 255];
+    packet.extend(own.octets());
+    packet.extend(all_nodes.octets());
+    packet.extend(message);
+    ethernet([0x33, 0x33, 0, 0, 0, 1], source, &[], 0x86dd, &packet)
 }
 
 /// Whether a frame is an ARP reply from `sender`.
