@@ -25,6 +25,8 @@ pub struct Places {
     pub state: PathBuf,
     /// Socket of the API.
     pub socket: PathBuf,
+    /// Runtime directory, which lives as long as the pins.
+    pub runtime: PathBuf,
     /// Directory on a bpffs for this daemon's pins.
     pub pins: PathBuf,
     /// File that collects what the daemon writes, over restarts.
@@ -79,6 +81,7 @@ impl Daemon {
         let mut command = host.command(&program.display().to_string());
         command.arg("--state-dir").arg(&places.state);
         command.arg("--socket").arg(&places.socket);
+        command.arg("--runtime-dir").arg(&places.runtime);
         command.arg("--pin-dir").arg(&places.pins);
         command.env("RUST_LOG", "info").env("NO_COLOR", "1");
         Ok(command)

@@ -68,6 +68,7 @@ impl Lab {
         let places = Places {
             state: folder.path().join("state"),
             socket: folder.path().join("sluiced.sock"),
+            runtime: folder.path().join("run"),
             pins: Path::new(BPFFS).join(&prefix),
             log: folder.path().join("sluiced.log"),
         };
