@@ -7,6 +7,7 @@
 // A task runner talks to the person who runs it.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod demo;
 mod ebpf;
 mod lint;
 mod packages;
@@ -35,6 +36,8 @@ enum Task {
         #[arg(long)]
         force: bool,
     },
+    /// Show what Sluice does: two VMs, an outside, and the switch between them. Needs root.
+    Demo,
     /// Check the rules of the house: crate arrows, unsafe code, module docs, portable text, dependencies.
     Lint,
     /// Run every test: units, examples, conformance and the end-to-end suites. Needs root.
@@ -51,6 +54,7 @@ enum Task {
 fn main() -> std::process::ExitCode {
     let outcome = match Arguments::parse().task {
         Task::BuildEbpf { toolchain, force } => ebpf::build(toolchain, force).map(drop),
+        Task::Demo => demo::demo(),
         Task::Lint => lint::lint(),
         Task::Test { quick, extra } => test::test(quick, &extra),
     };

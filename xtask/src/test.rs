@@ -54,7 +54,7 @@ pub(crate) fn test(quick: bool, extra: &[String]) -> Result<()> {
 pub(crate) fn require_root(what: &str, task: &str) -> Result<()> {
     if !is_root() {
         bail!(
-            "{what} make network namespaces and load eBPF programs, which takes root. Run:\n  \
+            "{what} need network namespaces and eBPF programs, which only root may make. Run:\n  \
              sudo --preserve-env=PATH,CARGO_HOME,RUSTUP_HOME env HOME=\"$HOME\" cargo xtask {task}"
         );
     }
