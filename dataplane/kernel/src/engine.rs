@@ -8,7 +8,13 @@ use sluice_pipeline::tables::{PortStats, RuleStats};
 use sluice_policy::image::Image;
 use sluice_policy::lower::PortSpec;
 
-use crate::{AdoptReport, EngineError, FdbRow, FdbSweep, LiveTables, Observation, SyncReport};
+use crate::attach::Attachments;
+use crate::links::Links;
+use crate::loader::{self, Loaded};
+use crate::pins::Pins;
+use crate::report::{AdoptReport, FdbRow, FdbSweep, MapWrites, MapsOutcome, Observation, SyncReport};
+use crate::sync::{Mirror, Pass};
+use crate::{EngineError, LiveTables, internal, observe, stats};
 
 /// How to open an engine.
 #[derive(Clone, Debug)]
@@ -18,27 +24,46 @@ pub struct EngineOptions {
 }
 
 /// The kernel engine. Calls block; one thread owns it. Dropping it leaves everything attached.
+///
+/// Interfaces are those of the network namespace of the calling thread.
 #[derive(Debug)]
 pub struct Engine {
-    options: EngineOptions,
+    pins: Pins,
+    loaded: Loaded,
+    attachments: Attachments,
+    /// `None` after a failed sync: to be read again.
+    mirror: Option<Mirror>,
 }
 
 impl Engine {
     /// Loads the programs, and adopts the maps and links pinned under the pin directory, or starts anew.
     ///
     /// # Errors
-    /// See [`EngineError`].
+    /// [`EngineError::ObjectMissing`], [`EngineError::NotBpffs`], [`EngineError::Locked`] if another process uses the
+    /// directory, and whatever the kernel refuses.
     pub fn open(options: &EngineOptions) -> Result<(Engine, AdoptReport), EngineError> {
-        let _engine = Engine { options: options.clone() };
-        Err(EngineError::ObjectMissing)
+        let pins = Pins::open(&options.pin_dir)?;
+        let loaded = loader::load(&pins)?;
+        let (attachments, dead_links) = Attachments::adopt(&pins)?;
+        let mirror = match loaded.maps_outcome {
+            MapsOutcome::Adopted => Mirror::read(&loaded.maps, &attachments)?,
+            MapsOutcome::Created | MapsOutcome::Replaced { .. } => Mirror::empty(),
+        };
+        let report = AdoptReport {
+            maps: loaded.maps_outcome.clone(),
+            programs: loaded.programs_outcome,
+            links: attachments.ports(),
+            dead_links,
+        };
+        Ok((Engine { pins, loaded, attachments, mirror: Some(mirror) }, report))
     }
 
     /// Looks for the ports' interfaces.
     ///
     /// # Errors
     /// [`EngineError::Netlink`].
-    pub fn observe(&self, _ports: &[PortSpec]) -> Result<Observation, EngineError> {
-        Err(EngineError::ObjectMissing)
+    pub fn observe(&self, ports: &[PortSpec]) -> Result<Observation, EngineError> {
+        Ok(observe::observe(ports, &Links::read()?))
     }
 
     /// Makes the veth pairs of internal ports, and removes those made before that are no longer wanted. Says what was
@@ -46,17 +71,32 @@ impl Engine {
     ///
     /// # Errors
     /// [`EngineError::Netlink`].
-    pub fn ensure_internal(&mut self, _ports: &[PortSpec]) -> Result<Vec<String>, EngineError> {
-        Err(EngineError::ObjectMissing)
+    pub fn ensure_internal(&mut self, ports: &[PortSpec]) -> Result<Vec<String>, EngineError> {
+        internal::ensure(ports)
     }
 
     /// Makes maps and links equal to the image. Only differences are written; failures of single ports are in the
     /// report.
     ///
     /// # Errors
-    /// [`EngineError::TableFull`], [`EngineError::Map`].
-    pub fn sync(&mut self, _image: &Image) -> Result<SyncReport, EngineError> {
-        Err(EngineError::ObjectMissing)
+    /// [`EngineError::TableFull`], [`EngineError::Map`], [`EngineError::Io`]. The next call reads the maps again and goes
+    /// on from wherever this one stopped.
+    pub fn sync(&mut self, image: &Image) -> Result<SyncReport, EngineError> {
+        let mut mirror = match self.mirror.take() {
+            Some(mirror) => mirror,
+            None => Mirror::read(&self.loaded.maps, &self.attachments)?,
+        };
+        let report = Pass {
+            loaded: &mut self.loaded,
+            attachments: &mut self.attachments,
+            pins: &self.pins,
+            mirror: &mut mirror,
+            image,
+            writes: MapWrites::default(),
+        }
+        .run()?;
+        self.mirror = Some(mirror);
+        Ok(report)
     }
 
     /// Puts missing pins back and looks for links that were detached behind our back. Says what was wrong.
@@ -64,7 +104,25 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Io`].
     pub fn repair(&mut self) -> Result<Vec<String>, EngineError> {
-        Err(EngineError::Locked(self.options.pin_dir.clone()))
+        let mut done = self.pins.repair()?;
+        let directory = if self.loaded.is_replacement() { self.pins.new_maps() } else { self.pins.maps() };
+        for (name, map) in self.loaded.maps.descriptors() {
+            done.extend(loader::repin(map, &directory.join(name))?);
+        }
+        let directory = self.pins.programs();
+        done.extend(self.loaded.tc.repair(&directory)?);
+        done.extend(self.loaded.xdp.repair(&directory)?);
+        done.extend(self.attachments.repair(&self.pins)?);
+        Ok(done)
+    }
+
+    /// What is known of the maps, read if it is not.
+    fn mirror(&mut self) -> Result<&Mirror, EngineError> {
+        let mirror = match self.mirror.take() {
+            Some(mirror) => mirror,
+            None => Mirror::read(&self.loaded.maps, &self.attachments)?,
+        };
+        Ok(self.mirror.insert(mirror))
     }
 
     /// Deletes learnt addresses that are too old, and corrects the ports' counts of learnt addresses.
@@ -72,23 +130,27 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Map`].
     pub fn age_fdb(&mut self) -> Result<FdbSweep, EngineError> {
-        Err(EngineError::ObjectMissing)
+        self.mirror()?;
+        match &self.mirror {
+            Some(mirror) => stats::age_fdb(&self.loaded.maps, mirror),
+            None => Ok(FdbSweep::default()),
+        }
     }
 
-    /// The learnt addresses.
+    /// The learnt addresses, sorted by switch, VLAN and address.
     ///
     /// # Errors
     /// [`EngineError::Map`].
     pub fn fdb(&self) -> Result<Vec<FdbRow>, EngineError> {
-        Err(EngineError::ObjectMissing)
+        stats::fdb(&self.loaded.maps)
     }
 
     /// Counters of one port, summed over CPUs.
     ///
     /// # Errors
     /// [`EngineError::Map`].
-    pub fn port_stats(&self, _port: u32) -> Result<PortStats, EngineError> {
-        Err(EngineError::ObjectMissing)
+    pub fn port_stats(&self, port: u32) -> Result<PortStats, EngineError> {
+        self.loaded.maps.port_stats.get(port)
     }
 
     /// Counters of all ports that the maps hold, by id.
@@ -96,15 +158,21 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Map`].
     pub fn all_port_stats(&self) -> Result<BTreeMap<u32, PortStats>, EngineError> {
-        Err(EngineError::ObjectMissing)
+        match &self.mirror {
+            Some(mirror) => stats::all_port_stats(&self.loaded.maps, mirror.ports.keys().copied()),
+            None => stats::all_port_stats(
+                &self.loaded.maps,
+                Mirror::read(&self.loaded.maps, &self.attachments)?.ports.into_keys(),
+            ),
+        }
     }
 
     /// Drops of one port by reason; reasons without drops are left out. Port 0 has the frames of unknown origin.
     ///
     /// # Errors
     /// [`EngineError::Map`].
-    pub fn drops(&self, _port: u32) -> Result<Vec<(DropReason, u64)>, EngineError> {
-        Err(EngineError::ObjectMissing)
+    pub fn drops(&self, port: u32) -> Result<Vec<(DropReason, u64)>, EngineError> {
+        stats::drops(&self.loaded.maps, port)
     }
 
     /// Drops of all ports, by port id; ports without drops are left out.
@@ -112,27 +180,31 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Map`].
     pub fn all_drops(&self) -> Result<BTreeMap<u32, Vec<(DropReason, u64)>>, EngineError> {
-        Err(EngineError::ObjectMissing)
+        stats::all_drops(&self.loaded.maps)
     }
 
     /// Counters of rules, by counter index, in the order asked for.
     ///
     /// # Errors
     /// [`EngineError::Map`].
-    pub fn rule_stats(&self, _counters: &[u32]) -> Result<Vec<RuleStats>, EngineError> {
-        Err(EngineError::ObjectMissing)
+    pub fn rule_stats(&self, counters: &[u32]) -> Result<Vec<RuleStats>, EngineError> {
+        stats::rule_stats(&self.loaded.maps, counters)
     }
 
     /// The live maps, read-only, as tables for [`sluice_pipeline::decide`]: what `sluice trace` asks.
     pub fn live_tables(&self) -> LiveTables<'_> {
-        LiveTables::new(self)
+        LiveTables::new(&self.loaded.maps)
     }
 
-    /// Detaches everything and removes the pins: for uninstalling.
+    /// Detaches everything and removes the pins and the internal ports: for uninstalling.
     ///
     /// # Errors
-    /// [`EngineError::Io`].
-    pub fn detach_all(self) -> Result<(), EngineError> {
-        Err(EngineError::ObjectMissing)
+    /// [`EngineError::Io`], [`EngineError::Netlink`].
+    pub fn detach_all(mut self) -> Result<(), EngineError> {
+        for port in self.attachments.ports() {
+            self.attachments.detach_port(&port, &self.pins)?;
+        }
+        internal::ensure(&[])?;
+        self.pins.remove_all()
     }
 }

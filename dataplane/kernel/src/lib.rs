@@ -6,16 +6,31 @@
 //!
 //! One thread owns the engine and calls block. [`LinkMonitor`] may live in another thread.
 //!
-//! Unsafe code is in `syscall` (bpf(2), membarrier(2)) and `ethtool` (one ioctl) only.
+//! Unsafe code is in `syscall` (bpf(2), membarrier(2)), `ethtool` (one ioctl) and one line of `monitor` only.
 
 #![deny(unsafe_code)]
 
+mod attach;
 mod engine;
 mod error;
+mod ethtool;
+mod features;
+mod hook;
+mod internal;
+mod links;
 mod live;
+mod loader;
+mod maps;
 mod monitor;
+mod netlink;
 mod object;
+mod observe;
+mod peer;
+mod pins;
 mod report;
+mod stats;
+mod sync;
+mod syscall;
 
 pub use engine::{Engine, EngineOptions};
 pub use error::EngineError;

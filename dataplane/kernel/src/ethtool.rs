@@ -1,0 +1,51 @@
+//! The one question that only the ethtool ioctl answers simply: does an interface leave checksums to the receiver?
+
+#![allow(unsafe_code)]
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// `ETHTOOL_GTXCSUM` of `include/uapi/linux/ethtool.h`.
+const ETHTOOL_GTXCSUM: u32 = 0x16;
+/// `SIOCETHTOOL` of `include/uapi/linux/sockios.h`.
+const SIOCETHTOOL: u64 = 0x8946;
+
+/// `struct ethtool_value`.
+#[repr(C)]
+struct Value {
+    command: u32,
+    data: u32,
+}
+
+/// Whether the interface with this index in the calling thread's network namespace has transmit checksum offload on.
+pub(crate) fn transmit_checksum_offload(ifindex: u32) -> io::Result<bool> {
+    let mut name = [0u8; libc::IF_NAMESIZE];
+    // SAFETY: the buffer has the IF_NAMESIZE bytes that the function may write.
+    if unsafe { libc::if_indextoname(ifindex, name.as_mut_ptr().cast()) }.is_null() {
+        return Err(io::Error::last_os_error());
+    }
+    let name =
+        CString::from_vec_with_nul(name.split_inclusive(|byte| *byte == 0).next().unwrap_or(b"\0").to_vec())
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+    // SAFETY: no addresses are passed.
+    let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    if socket < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    let mut value = Value { command: ETHTOOL_GTXCSUM, data: 0 };
+    // SAFETY: all zeroes is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.as_bytes_with_nul()) {
+        *to = *from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_data = std::ptr::from_mut(&mut value).cast();
+    // SAFETY: the request holds a zero-terminated name and the address of a live ethtool_value, which is what this
+    // command reads and writes.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL as _, &mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(value.data != 0)
+}

@@ -1,0 +1,65 @@
+//! Which hooks serve a port: TCX always, XDP in front of it where it wins and does no harm.
+
+use sluice_pipeline::tables::port_kind;
+use sluice_policy::config::Hook;
+use sluice_policy::image::PortImage;
+
+use crate::links::Link;
+use crate::peer;
+
+/// What was decided, and what the operator should know about it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Choice {
+    pub(crate) xdp: bool,
+    pub(crate) notes: Vec<String>,
+}
+
+const LOST_CHECKSUMS: &str = "redirected XDP frames lose partial checksums: TCP would stall";
+
+/// Chooses for a port on this link.
+pub(crate) fn choose(port: &PortImage, link: &Link) -> Choice {
+    let view = &link.view;
+    let is_virtual = matches!(view.kind.as_str(), "veth" | "tun");
+    let refused = |note: String| Choice { xdp: false, notes: vec![note] };
+    match port.hook {
+        Hook::Tcx => Choice::default(),
+        Hook::Auto => {
+            let wire = port.config.kind == port_kind::UPLINK && !is_virtual;
+            Choice { xdp: wire && view.native_xdp, notes: Vec::new() }
+        }
+        Hook::Xdp if !view.native_xdp => {
+            refused(format!("XDP refused, TCX serves: the driver of {} has no native XDP", view.name))
+        }
+        Hook::Xdp if !is_virtual => Choice { xdp: true, notes: Vec::new() },
+        Hook::Xdp if port.full_checksums => accepted(&view.kind),
+        Hook::Xdp if view.kind == "veth" => match peer::checksum_offload(link) {
+            Ok(false) => accepted(&view.kind),
+            Ok(true) => refused(format!(
+                "XDP refused, TCX serves: the peer of {} has transmit checksum offload on, and {LOST_CHECKSUMS}; \
+                 run `ethtool -K eth0 tx off` in the guest and set fullChecksums: true",
+                view.name
+            )),
+            Err(reason) => refused(format!(
+                "XDP refused, TCX serves: whether {} sends full checksums is unknown ({reason}), and \
+                 {LOST_CHECKSUMS} if it does not; run `ethtool -K eth0 tx off` in the guest and set fullChecksums: true",
+                view.name
+            )),
+        },
+        Hook::Xdp => refused(format!(
+            "XDP refused, TCX serves: nobody attests that the guest on {} sends full checksums, and {LOST_CHECKSUMS} \
+             if it does not; run `ethtool -K eth0 tx off` in the guest and set fullChecksums: true",
+            view.name
+        )),
+    }
+}
+
+/// XDP on a virtual port, with its price.
+fn accepted(kind: &str) -> Choice {
+    let notes = match kind {
+        "veth" => {
+            vec!["XDP turns the guest's TSO off: many small frames cost less, bulk TCP costs more".to_owned()]
+        }
+        _ => Vec::new(),
+    };
+    Choice { xdp: true, notes }
+}

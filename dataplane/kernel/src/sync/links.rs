@@ -1,0 +1,142 @@
+//! Attaching and detaching: the first and the last step of a pass.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use sluice_policy::image::PortImage;
+
+use super::Pass;
+use crate::attach::Attached;
+use crate::hook::{self, Choice};
+use crate::links::{Link, Links};
+use crate::syscall::LinkKind;
+use crate::{EngineError, HooksInUse, PortState, PortStatus, SyncReport};
+
+impl Pass<'_> {
+    /// Gives links to ports that took an interface over, and detaches those of ports that are gone or pending.
+    pub(super) fn release_links(&mut self, report: &mut SyncReport) -> Result<(), EngineError> {
+        let image = self.image;
+        let wanted: BTreeMap<&str, u32> = image
+            .ports
+            .values()
+            .filter(|port| port.config.ifindex != 0)
+            .map(|port| (port.name.as_str(), port.config.ifindex))
+            .collect();
+        self.attachments.hand_over(&wanted, self.pins)?;
+        for port in self.attachments.ports() {
+            if wanted.contains_key(port.as_str()) {
+                continue;
+            }
+            for kind in [LinkKind::Xdp, LinkKind::Tcx] {
+                if self.attachments.detach(&port, kind, self.pins)? {
+                    report.link_changes.push(format!("detached {kind} of {port}"));
+                    report.observe_again |= kind == LinkKind::Xdp;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Attaches every bound port, and says how every port is.
+    pub(super) fn attach(
+        &mut self,
+        links: &Links,
+        refused: &BTreeMap<u32, String>,
+        report: &mut SyncReport,
+    ) -> Result<(), EngineError> {
+        for (id, port) in &self.image.ports {
+            let status = match links.by_ifindex(port.config.ifindex) {
+                Some(link) => {
+                    let mut status = self.attach_port(port, link, report)?;
+                    if let Some(error) = refused.get(id) {
+                        status.notes.push(format!("XDP cannot redirect to it: {error}"));
+                        report.observe_again = true;
+                    }
+                    status
+                }
+                None => PortStatus {
+                    ifindex: None,
+                    state: PortState::Pending { reason: pending_reason(port) },
+                    hooks: HooksInUse::Tcx,
+                    notes: Vec::new(),
+                },
+            };
+            report.ports.insert(port.name.clone(), status);
+        }
+        Ok(())
+    }
+
+    fn attach_port(
+        &mut self,
+        port: &PortImage,
+        link: &Link,
+        report: &mut SyncReport,
+    ) -> Result<PortStatus, EngineError> {
+        let mut status = PortStatus {
+            ifindex: Some(link.view.ifindex),
+            state: PortState::Attached,
+            hooks: HooksInUse::Tcx,
+            notes: Vec::new(),
+        };
+        // XDP passes on to TCX what it does not serve, so TCX comes first and goes last.
+        if let Err(error) = self.attach_hook(port, link, LinkKind::Tcx, report) {
+            status.state = match error.raw_os_error() {
+                Some(libc::ENODEV) => {
+                    PortState::Pending { reason: format!("{} has just gone", link.view.name) }
+                }
+                _ => PortState::Failed { error: format!("attaching TCX to {}: {error}", link.view.name) },
+            };
+            return Ok(status);
+        }
+        let Choice { xdp, notes } = hook::choose(port, link);
+        status.notes = notes;
+        if xdp {
+            match self.attach_hook(port, link, LinkKind::Xdp, report) {
+                Ok(()) => status.hooks = HooksInUse::XdpAndTcx,
+                Err(error) => status.notes.push(format!(
+                    "XDP refused by {} ({error}){}; TCX serves",
+                    link.view.name,
+                    match error.raw_os_error() {
+                        Some(libc::EBUSY) => ", where another XDP program is attached: remove that",
+                        _ => "",
+                    }
+                )),
+            }
+        } else if self.attachments.detach(&port.name, LinkKind::Xdp, self.pins)? {
+            report.link_changes.push(format!("detached XDP of {}", port.name));
+            report.observe_again = true;
+        }
+        Ok(status)
+    }
+
+    fn attach_hook(
+        &mut self,
+        port: &PortImage,
+        link: &Link,
+        kind: LinkKind,
+        report: &mut SyncReport,
+    ) -> io::Result<()> {
+        let program = match kind {
+            LinkKind::Tcx => &self.loaded.tc,
+            LinkKind::Xdp => &self.loaded.xdp,
+        };
+        let change = match self.attachments.attach(&port.name, link.view.ifindex, kind, program, self.pins)? {
+            Attached::Already => return Ok(()),
+            Attached::Replaced => format!("replaced the {kind} program of {}", port.name),
+            Attached::New => {
+                report.observe_again |= kind == LinkKind::Xdp;
+                format!("attached {kind} of {} to {}", port.name, link.view.name)
+            }
+        };
+        report.link_changes.push(change);
+        Ok(())
+    }
+}
+
+fn pending_reason(port: &PortImage) -> String {
+    if port.config.ifindex == 0 {
+        format!("there is no usable interface {}; it is attached as soon as it appears", port.netdev)
+    } else {
+        format!("{} has just gone; it is attached as soon as it is back", port.netdev)
+    }
+}
