@@ -342,7 +342,8 @@ fn deliver<T: Tables>(
         return Err(DropReason::DestinationDown);
     }
     let key = &context.headers.key;
-    let tag = vlan::egress(tables, port, slot, key.vlan, context.priority)?;
+    let has_inner_tag = context.headers.tag_count > context.strip as u32;
+    let tag = vlan::egress(tables, port, slot, key.vlan, context.priority, has_inner_tag)?;
     tables.stage(Stage::AclToVm);
     if !apply(tables, &context.to_vm, context.bytes) {
         return Err(DropReason::AclToVm);

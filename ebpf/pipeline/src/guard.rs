@@ -91,6 +91,16 @@ pub fn ip_guard<F: Frame, T: Tables>(
     Ok(())
 }
 
+/// Whether an IPv6 address is one of the port's. The table holds IPv4 addresses as `::ffff:a.b.c.d`: such an address in
+/// an IPv6 packet is nobody's.
+#[inline(always)]
+fn ipv6_allowed<T: Tables>(tables: &T, id: u32, ip: [u8; 16]) -> bool {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = ip;
+    let is_mapped =
+        u64::from_be_bytes([a, b, c, d, e, f, g, h]) == 0 && u32::from_be_bytes([i, j, k, l]) == 0xffff;
+    !is_mapped && tables.ip_allowed(&IpGuardKey { port: id, ip })
+}
+
 #[inline(always)]
 fn ipv6<F: Frame, T: Tables>(
     frame: &F,
@@ -106,7 +116,7 @@ fn ipv6<F: Frame, T: Tables>(
         if !(is_icmp && key.icmp_type == nd::NEIGHBOUR_SOLICITATION) {
             return Err(DropReason::IpGuardIpv6);
         }
-    } else if !tables.ip_allowed(&IpGuardKey { port: id, ip: key.src_ip }) {
+    } else if !ipv6_allowed(tables, id, key.src_ip) {
         return Err(DropReason::IpGuardIpv6);
     }
     if !is_icmp {
@@ -125,7 +135,8 @@ fn ipv6<F: Frame, T: Tables>(
         let Some(target) = frame.load::<16>(headers.l4 + 8) else {
             return Err(DropReason::IpGuardNd);
         };
-        if headers.l4 + 24 > headers.end || !tables.ip_allowed(&IpGuardKey { port: id, ip: target }) {
+        let reach = headers.l4 + 24;
+        if reach > headers.end || reach > headers.l3 + L3_WINDOW || !ipv6_allowed(tables, id, target) {
             return Err(DropReason::IpGuardNd);
         }
     }
@@ -169,8 +180,9 @@ pub(crate) fn services(port: &PortConfig, headers: &Headers) -> Result<(), DropR
     }
     let ipv6 = key.facts & fact::IPV6 != 0;
     if port.flags & port_flag::DHCP_GUARD != 0 && key.proto == ip_proto::UDP {
-        let server_port = if ipv6 { 547 } else { 67 };
-        if key.src_port == server_port {
+        // Clients take an answer from any port.
+        let (server, client) = if ipv6 { (547, 546) } else { (67, 68) };
+        if key.src_port == server || key.dst_port == client {
             return Err(DropReason::DhcpGuard);
         }
     }

@@ -205,7 +205,9 @@ fn parse_ipv4<F: Frame>(frame: &F, out: &mut Headers) -> Result<(), DropReason> 
     out.key.dst_ip = mapped([header[16], header[17], header[18], header[19]]);
     let fragment = be16(header[6], header[7]);
     if fragment & 0x1fff != 0 {
-        return Ok(());
+        // At offset 8 it would overwrite the flags of the first fragment (RFC 1858 section 4.2).
+        let overlaps = fragment & 0x1fff == 1 && out.key.proto == ip_proto::TCP;
+        return if overlaps { Err(DropReason::TinyFragment) } else { Ok(()) };
     }
     out.l4 = out.l3 + header_len;
     parse_l4(frame, out, fragment & 0x2000 != 0)

@@ -86,7 +86,7 @@ drop_reasons! {
     MalformedUdp = 10, "malformed-udp";
     /// ICMP or ICMPv6 header cut off.
     MalformedIcmp = 11, "malformed-icmp";
-    /// A first fragment too small to hold the transport header (RFC 1858, RFC 7112).
+    /// A first fragment too small to hold the transport header, or one that would overwrite it (RFC 1858, RFC 7112).
     TinyFragment = 12, "tiny-fragment";
     /// The frame came in on an interface that no port is bound to.
     PortUnknown = 13, "port-unknown";
@@ -126,7 +126,7 @@ drop_reasons! {
     NoDestination = 30, "no-destination";
     /// The destination port is administratively down or its interface is absent.
     DestinationDown = 31, "destination-down";
-    /// The destination port is not a member of the frame's VLAN.
+    /// The destination port is not a member of the frame's VLAN, or an inner tag would pass for the VLAN there.
     VlanEgress = 32, "vlan-egress";
     /// The ACL of the destination vNIC denies it.
     AclToVm = 33, "acl-to-vm";

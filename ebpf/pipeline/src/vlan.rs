@@ -61,8 +61,11 @@ pub(crate) fn ingress<T: Tables>(
 
 /// The tag that a frame of `vlan` carries out of `port`, or [`Tag::NONE`].
 ///
+/// `has_inner_tag`: the frame still has a tag of its own. Where tags say the VLAN, such a frame cannot leave untagged:
+/// its inner tag would be taken for the VLAN, which is how frames hop from one to another.
+///
 /// # Errors
-/// `VlanEgress` if the port is not a member.
+/// `VlanEgress` if the port is not a member, or would be one only without the inner tag.
 #[inline(always)]
 pub(crate) fn egress<T: Tables>(
     tables: &T,
@@ -70,11 +73,13 @@ pub(crate) fn egress<T: Tables>(
     slot: u32,
     vlan: Vlan,
     priority: u16,
+    has_inner_tag: bool,
 ) -> Result<Tag, DropReason> {
+    let untagged = if has_inner_tag { Err(DropReason::VlanEgress) } else { Ok(Tag::NONE) };
     match port.vlan_mode {
         vlan_mode::TRUNK => {
             if port.flags & port_flag::NATIVE != 0 && vlan == port.native {
-                return Ok(Tag::NONE);
+                return untagged;
             }
             if vlan.is_service() || vlan == Vlan::UNTAGGED || !tables.trunk_allows(slot, vlan.vid()) {
                 return Err(DropReason::VlanEgress);
@@ -82,7 +87,7 @@ pub(crate) fn egress<T: Tables>(
         }
         vlan_mode::ALL => {
             if vlan == port.native {
-                return Ok(Tag::NONE);
+                return untagged;
             }
             if vlan == Vlan::UNTAGGED {
                 return Err(DropReason::VlanEgress); // untagged would be the native VLAN there
@@ -98,5 +103,5 @@ pub(crate) fn egress<T: Tables>(
 /// Whether `port` is a member of `vlan`.
 #[inline(always)]
 pub(crate) fn carries<T: Tables>(tables: &T, port: &PortConfig, slot: u32, vlan: Vlan) -> bool {
-    egress(tables, port, slot, vlan, 0).is_ok()
+    egress(tables, port, slot, vlan, 0, false).is_ok()
 }
