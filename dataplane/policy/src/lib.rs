@@ -2,14 +2,17 @@
 //! must happen to a packet, and lowering to the tables that make it happen.
 //!
 //! Everything here is pure: no clock, no file, no socket. Data flows one way:
-//! [`config`] → [`validate`](mod@validate) → [`lower`](mod@lower) → [`image`]; and, apart from it, [`config`] → `oracle`.
+//! [`config`] → [`validate`](mod@validate) → [`lower`](mod@lower) → [`image`]; and, apart from it, [`config`] → [`oracle`].
 
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod conformance;
+pub mod generate;
 pub mod ids;
 pub mod image;
 pub mod lower;
 pub mod net;
+pub mod oracle;
 pub mod sim;
 pub mod validate;

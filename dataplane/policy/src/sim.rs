@@ -11,14 +11,18 @@ use std::collections::{BTreeMap, HashMap};
 
 use bytemuck::Zeroable;
 use sluice_pipeline::tables::{
-    AclGroup, CACHE_SLOTS, CacheSlot, Direction, FdbEntry, FdbKey, PortStats, RuleEntry, RuleKey, RuleSlot,
-    RuleStats, TUPLE_CHUNK, Tuple, TupleChunk, TupleKey,
+    AclGroup, Direction, FdbEntry, FdbKey, PortStats, RuleEntry, RuleKey, RuleSlot, RuleStats, TUPLE_CHUNK,
+    Tuple, TupleChunk, TupleKey,
 };
 use sluice_pipeline::{Context, Delivery, DropReason, Sink, Stage, Verdict, decide, flood};
 
+use crate::conformance::{self, Observed};
+use crate::ids::Ids;
 use crate::image::Image;
+use crate::oracle;
 
 pub use frame::{SliceFrame, TagPlace, rewrite, take_tag_out};
+use view::Cache;
 pub use view::View;
 
 /// What changes while frames pass.
@@ -47,7 +51,7 @@ pub struct Simulator {
     groups: HashMap<u32, AclGroup>,
     tuples: HashMap<TupleKey, TupleChunk>,
     rules: HashMap<RuleKey, RuleEntry>,
-    cache: Option<Vec<CacheSlot>>,
+    cache: Option<Cache>,
     state: State,
 }
 
@@ -68,6 +72,22 @@ pub struct Run {
     pub learnt: Vec<(FdbKey, u32)>,
 }
 
+impl Run {
+    /// The run in the form that every engine's is compared in.
+    pub fn observed(&self) -> Observed {
+        let mut drops = BTreeMap::new();
+        for drop in &self.drops {
+            *drops.entry(*drop).or_default() += 1;
+        }
+        Observed {
+            frames: self.frames.clone(),
+            drops,
+            rules: Some(self.rules.clone()),
+            learnt: Some(self.learnt.last().copied()),
+        }
+    }
+}
+
 /// What happened while one frame passed; a part of the tables' state of its own.
 #[derive(Debug, Default)]
 struct Log {
@@ -75,6 +95,8 @@ struct Log {
     stages: Vec<Stage>,
     rules: Vec<u32>,
     learnt: Vec<(FdbKey, u32)>,
+    /// Slots of the cache that were lent, in order.
+    lent: Vec<u32>,
 }
 
 impl Simulator {
@@ -103,7 +125,7 @@ impl Simulator {
                 (*key, RuleEntry { slots: [slot, RuleSlot::EMPTY] })
             }));
         }
-        let cache = Some(vec![CacheSlot::zeroed(); CACHE_SLOTS as usize]);
+        let cache = Some(Cache::new());
         let state = State { epoch: 1, now: 1_000_000_000_000, ..State::default() };
         Simulator { image, groups, tuples, rules, cache, state }
     }
@@ -138,6 +160,25 @@ impl Simulator {
         }
     }
 
+    /// Takes over the state that the oracle is asked with: learnt addresses and empty buckets. (Whether a port is
+    /// attached is in the image.)
+    pub fn adopt(&mut self, ids: &Ids, state: &oracle::State) {
+        let now = (self.state.now / 1_000_000_000) as u32;
+        self.state.fdb = state
+            .fdb
+            .iter()
+            .map(|(station, sighting)| {
+                let seen = now.wrapping_sub(sighting.age_seconds);
+                let port = conformance::port_id(ids, &sighting.port);
+                (conformance::fdb_key(ids, station), FdbEntry { port, seen })
+            })
+            .collect();
+        self.state.buckets.clear();
+        for (port, direction) in &state.empty_buckets {
+            self.empty_bucket(conformance::port_id(ids, port), *direction);
+        }
+    }
+
     /// Takes a frame from port `ingress`, with all of its tags in `bytes`, through everything.
     ///
     /// `place` says whether the pipeline sees the outermost tag in the bytes or beside them; the answer is the same.
@@ -160,7 +201,7 @@ impl Simulator {
             None => SliceFrame::new(bytes),
         };
         let Simulator { image, groups, tuples, rules, cache, state } = self;
-        let view = View::<COMPLETE>::new(image, groups, tuples, rules, cache.as_deref_mut(), state);
+        let view = View::<COMPLETE>::new(image, groups, tuples, rules, cache.as_mut(), state);
         let mut context = Context::default();
         let verdict = decide(&frame, &view, ingress, bytes.len() as u32, &mut context);
         let mut copies = Copies(Vec::new());
@@ -168,11 +209,14 @@ impl Simulator {
             Verdict::Unicast(delivery) => copies.emit(delivery),
             Verdict::Flood => {
                 // The reason, if there is no destination, is in the log as every drop is.
-                let _ = flood(&view, &context, &mut copies);
+                let _ = flood(&view, &mut context, &mut copies);
             }
             Verdict::Drop { .. } | Verdict::Defer => {}
         }
         let log = view.finish();
+        if let Some(cache) = cache {
+            cache.take_back(&log.lent);
+        }
         let frames: Vec<(u32, Vec<u8>)> = copies
             .0
             .iter()

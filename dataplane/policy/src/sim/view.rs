@@ -3,17 +3,42 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
+use bytemuck::Zeroable;
 use sluice_pipeline::tables::{
-    AclGroup, CacheSlot, Direction, FDB_MAX, FdbEntry, FdbKey, FloodChunk, FloodKey, IpGuardKey, MacKey,
-    PortConfig, PortStats, RateConfig, RuleEntry, RuleKey, SwitchConfig, TupleChunk, TupleKey,
+    AclGroup, CACHE_SLOTS, CacheSlot, Direction, FDB_MAX, FdbEntry, FdbKey, FloodChunk, FloodKey, IpGuardKey,
+    MacKey, PortConfig, PortStats, RateConfig, RuleEntry, RuleKey, SwitchConfig, TupleChunk, TupleKey,
 };
 use sluice_pipeline::{DropReason, LoopBody, Stage, Tables, conform};
 
 use super::{Log, State};
 use crate::image::Image;
 
-/// A piece of the verdict cache that nobody has asked for yet, and where it begins.
-type CachePiece<'a> = (usize, &'a mut [CacheSlot]);
+/// The verdict cache, lent out without unsafe code: whoever asks for a slot gets a copy of it, and after the frame the
+/// copies go back in the order in which they were lent.
+#[derive(Debug)]
+pub(super) struct Cache {
+    slots: Vec<CacheSlot>,
+    copies: Vec<CacheSlot>,
+}
+
+impl Cache {
+    /// Copies for one frame; a flood that needs more goes without the cache from there on.
+    const COPIES: usize = 128;
+
+    pub(super) fn new() -> Self {
+        Cache {
+            slots: vec![CacheSlot::zeroed(); CACHE_SLOTS as usize],
+            copies: vec![CacheSlot::zeroed(); Self::COPIES],
+        }
+    }
+
+    /// Takes back the copies of these slots.
+    pub(super) fn take_back(&mut self, lent: &[u32]) {
+        for (slot, copy) in lent.iter().zip(&self.copies) {
+            self.slots[*slot as usize] = *copy;
+        }
+    }
+}
 
 /// Tables and state, borrowed for one frame.
 #[derive(Debug)]
@@ -22,9 +47,7 @@ pub struct View<'a, const COMPLETE: bool> {
     groups: &'a HashMap<u32, AclGroup>,
     tuples: &'a HashMap<TupleKey, TupleChunk>,
     rules: &'a HashMap<RuleKey, RuleEntry>,
-    /// What is left of the cache: each slot is lent once, so that lending needs no unsafe code. A frame that comes
-    /// to a slot a second time (a flood whose destinations share it) goes without.
-    cache: RefCell<Vec<CachePiece<'a>>>,
+    cache: Option<(&'a [CacheSlot], RefCell<&'a mut [CacheSlot]>)>,
     state: RefCell<&'a mut State>,
     log: RefCell<Log>,
     epoch: u64,
@@ -37,7 +60,7 @@ impl<'a, const COMPLETE: bool> View<'a, COMPLETE> {
         groups: &'a HashMap<u32, AclGroup>,
         tuples: &'a HashMap<TupleKey, TupleChunk>,
         rules: &'a HashMap<RuleKey, RuleEntry>,
-        cache: Option<&'a mut [CacheSlot]>,
+        cache: Option<&'a mut Cache>,
         state: &'a mut State,
     ) -> Self {
         let (epoch, now) = (state.epoch, state.now);
@@ -46,7 +69,7 @@ impl<'a, const COMPLETE: bool> View<'a, COMPLETE> {
             groups,
             tuples,
             rules,
-            cache: RefCell::new(cache.map(|slots| (0, slots)).into_iter().collect()),
+            cache: cache.map(|cache| (cache.slots.as_slice(), RefCell::new(cache.copies.as_mut_slice()))),
             state: RefCell::new(state),
             log: RefCell::default(),
             epoch,
@@ -114,14 +137,13 @@ impl<const COMPLETE: bool> Tables for View<'_, COMPLETE> {
     }
 
     fn cache(&self, slot: u32) -> Option<&mut CacheSlot> {
-        let mut pieces = self.cache.borrow_mut();
-        let slot = slot as usize;
-        let index = pieces.iter().position(|(start, piece)| (*start..start + piece.len()).contains(&slot))?;
-        let (start, piece) = pieces.swap_remove(index);
-        let (before, rest) = piece.split_at_mut(slot - start);
-        let (wanted, after) = rest.split_first_mut()?;
-        pieces.extend([(start, before), (slot + 1, after)]);
-        Some(wanted)
+        let (slots, copies) = self.cache.as_ref()?;
+        let mut left = copies.borrow_mut();
+        let (copy, rest) = std::mem::take(&mut *left).split_first_mut()?;
+        *left = rest;
+        *copy = *slots.get(slot as usize)?;
+        self.log.borrow_mut().lent.push(slot);
+        Some(copy)
     }
 
     fn now(&self) -> u64 {
