@@ -105,13 +105,7 @@ impl Engine {
     /// [`EngineError::Io`].
     pub fn repair(&mut self) -> Result<Vec<String>, EngineError> {
         let mut done = self.pins.repair()?;
-        let directory = if self.loaded.is_replacement() { self.pins.new_maps() } else { self.pins.maps() };
-        for (name, map) in self.loaded.maps.descriptors() {
-            done.extend(loader::repin(map, &directory.join(name))?);
-        }
-        let directory = self.pins.programs();
-        done.extend(self.loaded.tc.repair(&directory)?);
-        done.extend(self.loaded.xdp.repair(&directory)?);
+        done.extend(self.loaded.repair(&self.pins)?);
         done.extend(self.attachments.repair(&self.pins)?);
         Ok(done)
     }

@@ -45,11 +45,6 @@ impl Program {
         }
         Ok(())
     }
-
-    /// Pins it again if the pin is gone.
-    pub(crate) fn repair(&self, directory: &Path) -> Result<Option<String>, EngineError> {
-        repin(self.fd(), &directory.join(self.name))
-    }
 }
 
 /// Pins an object if nothing is under that name.
@@ -69,6 +64,8 @@ pub(crate) fn repin(object: BorrowedFd<'_>, path: &Path) -> Result<Option<String
 #[derive(Debug)]
 pub(crate) struct Loaded {
     pub(crate) maps: Maps,
+    /// Every map of the object, also those that only programs use, for pinning again.
+    all_maps: Vec<(String, OwnedFd)>,
     pub(crate) tc: Program,
     pub(crate) xdp: Program,
     pub(crate) maps_outcome: MapsOutcome,
@@ -79,6 +76,22 @@ impl Loaded {
     /// Whether programs that use other maps than ours are still attached.
     pub(crate) fn is_replacement(&self) -> bool {
         matches!(self.maps_outcome, MapsOutcome::Replaced { .. })
+    }
+
+    /// Pins again what lost its pin. Says what.
+    pub(crate) fn repair(&self, pins: &Pins) -> Result<Vec<String>, EngineError> {
+        let mut done = Vec::new();
+        let directory = if self.is_replacement() { pins.new_maps() } else { pins.maps() };
+        for (name, map) in &self.all_maps {
+            done.extend(repin(map.as_fd(), &directory.join(name))?);
+        }
+        for program in [&self.tc, &self.xdp] {
+            // One that was never pinned is pinned when it has replaced its predecessor everywhere.
+            if !program.stale_pin {
+                done.extend(repin(program.fd(), &pins.programs().join(program.name))?);
+            }
+        }
+        Ok(done)
     }
 
     /// Called when no link runs another program any more: pins what is in use now.
@@ -129,6 +142,14 @@ pub(crate) fn load(pins: &Pins) -> Result<Loaded, EngineError> {
     let xdp = adopt(XDP, program.fd().map_err(refused(XDP))?.as_fd())?;
 
     let maps = Maps::open(&directory)?;
+    let all_maps = expected
+        .into_keys()
+        .map(|name| {
+            let fd = syscall::open_pin(&directory.join(&name))
+                .map_err(EngineError::io(format!("opening the pin of map {name}")))?;
+            Ok((name, fd))
+        })
+        .collect::<Result<_, EngineError>>()?;
     let globals = maps.globals.get(&0)?;
     if globals.is_none_or(|globals| globals.layout != LAYOUT_VERSION) {
         maps.globals.set(&0, &Globals { epoch: 1, layout: LAYOUT_VERSION, reserved: 0 })?;
@@ -140,7 +161,7 @@ pub(crate) fn load(pins: &Pins) -> Result<Loaded, EngineError> {
     } else {
         ProgramsOutcome::Adopted
     };
-    Ok(Loaded { maps, tc, xdp, maps_outcome, programs_outcome })
+    Ok(Loaded { maps, all_maps, tc, xdp, maps_outcome, programs_outcome })
 }
 
 /// The pinned program if it is the same as the one just loaded, else that.

@@ -4,7 +4,7 @@
 
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use bytemuck::{Pod, Zeroable};
@@ -326,30 +326,5 @@ impl Maps {
     /// What the device map holds.
     pub(crate) fn dump_devmap(&self) -> Result<Vec<(u32, DevmapValue)>, EngineError> {
         self.devmap.dump_one_by_one()
-    }
-
-    /// Every map by name, for pinning again.
-    pub(crate) fn descriptors(&self) -> [(&'static str, BorrowedFd<'_>); 19] {
-        [
-            (self.port_of.name, self.port_of.fd.as_fd()),
-            (self.port_live.name, self.port_live.fd.as_fd()),
-            (self.ports.name, self.ports.fd.as_fd()),
-            (self.trunks.name, self.trunks.fd.as_fd()),
-            (self.switches.name, self.switches.fd.as_fd()),
-            (self.globals.name, self.globals.fd.as_fd()),
-            (self.vnic_macs.name, self.vnic_macs.fd.as_fd()),
-            (self.fdb.name, self.fdb.fd.as_fd()),
-            (self.learnt.name, self.learnt.fd.as_fd()),
-            (self.ip_guard.name, self.ip_guard.fd.as_fd()),
-            (self.flood.name, self.flood.fd.as_fd()),
-            (self.acl_groups.name, self.acl_groups.fd.as_fd()),
-            (self.acl_tuples.name, self.acl_tuples.fd.as_fd()),
-            (self.acl_rules.name, self.acl_rules.fd.as_fd()),
-            (self.buckets.name, self.buckets.fd.as_fd()),
-            (self.port_stats.name, self.port_stats.fd.as_fd()),
-            (self.drops.name, self.drops.fd.as_fd()),
-            (self.rule_stats.name, self.rule_stats.fd.as_fd()),
-            (self.devmap.name, self.devmap.fd.as_fd()),
-        ]
     }
 }

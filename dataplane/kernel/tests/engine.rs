@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -263,28 +264,27 @@ fn a_process_killed_while_syncing_leaves_what_the_next_one_can_finish() {
     };
     if let Ok(pin_dir) = std::env::var(ROLE) {
         in_lab(move |lab| {
-            let own = std::mem::replace(&mut lab.options.pin_dir, pin_dir.into());
+            lab.options.pin_dir = pin_dir.into();
             let (mut engine, _) = lab.open();
             for round in 0.. {
                 lab.sync(&mut engine, &plan(round));
+                std::io::stderr().write_all(b"synced\n").expect("the parent listens");
             }
-            lab.options.pin_dir = own;
         });
     }
     in_lab(move |lab| {
-        for round in 0..10 {
+        for round in 0..12 {
             let mut child = Command::new(std::env::current_exe().expect("a test has a path"))
-                .args(["--exact", name])
+                .args(["--exact", name, "--nocapture"])
                 .env(ROLE, &lab.options.pin_dir)
                 .stdout(Stdio::null())
-                .stderr(Stdio::null())
+                .stderr(Stdio::piped())
                 .spawn()
                 .expect("the test can run itself");
-            let globals = lab.options.pin_dir.join("progs/sluice_tc");
-            eventually("the child has synced once", || {
-                globals.exists() || child.try_wait().is_ok_and(|exit| exit.is_some())
-            });
-            let moment = Instant::now() + Duration::from_millis(7 * round);
+            let stderr = BufReader::new(child.stderr.take().expect("it is piped"));
+            let syncing = stderr.lines().map_while(Result::ok).any(|line| line == "synced");
+            assert!(syncing, "the child failed before its first sync was done");
+            let moment = Instant::now() + Duration::from_millis(5 * round);
             eventually("the moment", || Instant::now() >= moment);
             child.kill().expect("the child is ours");
             child.wait().expect("the child is ours");

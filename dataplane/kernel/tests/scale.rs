@@ -1,5 +1,7 @@
 //! What a change costs with many rules and many ports: counts are asserted, times are printed.
 
+#![allow(clippy::print_stdout)] // that is what it is for
+
 mod common;
 
 use std::time::Instant;
