@@ -1,0 +1,222 @@
+//! Each command: make the request, print the answer, say whether all is well.
+
+use clap::CommandFactory;
+use sluice_proto::v1;
+use sluice_proto::v1::sluice_client::SluiceClient;
+use tonic::transport::Channel;
+
+use super::client::{CliError, connect};
+use super::output::Output;
+use super::packet::{self, Builder};
+use super::{Cli, Command, FileArgs, Format, TraceArgs, input, render};
+use crate::doctor;
+use crate::json;
+
+type Client = SluiceClient<Channel>;
+
+/// Runs a command. `false`: it worked, but what it found is bad.
+pub(super) async fn run(cli: Cli, output: &Output) -> Result<bool, CliError> {
+    // Whatever can be refused without the daemon is refused first.
+    match cli.command {
+        Command::Completions { shell } => {
+            output.completions(shell, &mut Cli::command());
+            return Ok(true);
+        }
+        Command::Doctor => return examine(&cli.socket, output).await,
+        _ => {}
+    }
+    let prepared = match &cli.command {
+        Command::Apply(args) | Command::Plan(args) => Some(prepare(args)?),
+        _ => None,
+    };
+    let mut client = connect(&cli.socket).await?;
+    match cli.command {
+        Command::Apply(_) => {
+            let request = prepared.unwrap_or_default();
+            let answer = client.apply(request).await?.into_inner();
+            render::applied(output, &answer)
+        }
+        Command::Plan(_) => {
+            let request = v1::PlanRequest { config: prepared.unwrap_or_default().config, delete: Vec::new() };
+            let answer = client.plan(request).await?.into_inner();
+            render::plan(output, &answer)
+        }
+        Command::Delete { kind, name, revision } => delete(&mut client, output, kind, name, revision).await,
+        Command::Get { kind, name, spec } => get(&mut client, output, kind, name, spec).await,
+        Command::Watch { kind } => watch(&mut client, output, kind).await,
+        Command::Stats { name, .. } => {
+            let request = v1::GetStatsRequest { vnic: name.unwrap_or_default() };
+            render::stats(output, &client.get_stats(request).await?.into_inner())
+        }
+        Command::Fdb { switch } => {
+            let request = v1::GetFdbRequest { switch: switch.unwrap_or_default() };
+            render::fdb(output, &client.get_fdb(request).await?.into_inner())
+        }
+        Command::Drops => {
+            render::drops(output, &client.get_drops(v1::GetDropsRequest {}).await?.into_inner())
+        }
+        Command::Trace(args) => trace(&mut client, output, args).await,
+        Command::Version => {
+            let answer = client.get_version(v1::GetVersionRequest {}).await?.into_inner();
+            render::version(output, &answer)
+        }
+        Command::Doctor | Command::Completions { .. } => Ok(true), // served above
+    }
+}
+
+fn prepare(args: &FileArgs) -> Result<v1::ApplyRequest, CliError> {
+    Ok(v1::ApplyRequest {
+        config: Some(input::read_files(&args.file)?),
+        expected_revisions: input::read_revisions(&args.revision)?,
+    })
+}
+
+async fn delete(
+    client: &mut Client,
+    output: &Output,
+    kind: String,
+    name: String,
+    revision: Option<u64>,
+) -> Result<bool, CliError> {
+    let key = crate::resource::Key::new(kind.parse().map_err(usage)?, &name);
+    let expected = revision.map(|revision| (key.to_string(), revision));
+    let request = v1::DeleteRequest {
+        resources: vec![v1::ResourceRef { kind, name }],
+        expected_revisions: expected.into_iter().collect(),
+    };
+    let answer = client.delete(request).await?.into_inner();
+    if output.is_table() {
+        output.line(&format!("{key} deleted (revision {})", answer.revision));
+    } else {
+        output.message(&answer, "DeleteResponse")?;
+    }
+    Ok(true)
+}
+
+fn usage(error: impl std::fmt::Display) -> CliError {
+    CliError::Usage(error.to_string())
+}
+
+/// The kind as the API wants it: `all` is the empty text.
+fn wanted(kind: String) -> Result<String, CliError> {
+    if kind == "all" {
+        return Ok(String::new());
+    }
+    let parsed: crate::resource::Kind = kind.parse().map_err(usage)?;
+    Ok(parsed.singular().to_owned())
+}
+
+async fn get(
+    client: &mut Client,
+    output: &Output,
+    kind: String,
+    name: Option<String>,
+    spec: bool,
+) -> Result<bool, CliError> {
+    let kind = wanted(kind)?;
+    let single = name.is_some();
+    let answer = match name {
+        Some(name) => {
+            let resource = Some(v1::ResourceRef { kind, name });
+            let answer = client.get(v1::GetRequest { resource }).await?.into_inner();
+            v1::ListResponse { resources: answer.resource.into_iter().collect(), revision: 0 }
+        }
+        None => client.list(v1::ListRequest { kind }).await?.into_inner(),
+    };
+    if spec {
+        let mut config = v1::Config::default();
+        for resource in answer.resources {
+            match resource.spec {
+                Some(v1::resource::Spec::Switch(spec)) => config.switches.push(spec),
+                Some(v1::resource::Spec::AclGroup(spec)) => config.acl_groups.push(spec),
+                Some(v1::resource::Spec::Vnic(spec)) => config.vnics.push(spec),
+                None => {}
+            }
+        }
+        output.value(&json::to_json(&config, "sluice.v1.Config"))?;
+    } else if output.is_table() {
+        render::resources(output, &answer.resources);
+    } else if single {
+        let resource = answer.resources.into_iter().next().unwrap_or_default();
+        output.value(&json::to_json(&resource, "sluice.v1.Resource"))?;
+    } else {
+        output.value(&json::to_json(&answer, "sluice.v1.ListResponse"))?;
+    }
+    Ok(true)
+}
+
+async fn watch(client: &mut Client, output: &Output, kind: String) -> Result<bool, CliError> {
+    let request = v1::WatchRequest { kind: wanted(kind)? };
+    let mut stream = client.watch(request).await?.into_inner();
+    while let Some(change) = stream.message().await? {
+        if output.is_table() {
+            render::change(output, &change);
+        } else {
+            if output.format == Format::Yaml {
+                output.line("---");
+            }
+            output.value(&json::to_json(&change, "sluice.v1.WatchResponse"))?;
+        }
+    }
+    Ok(true)
+}
+
+async fn trace(client: &mut Client, output: &Output, args: TraceArgs) -> Result<bool, CliError> {
+    let port = match (&args.vnic, &args.port) {
+        (Some(vnic), _) => format!("vnic/{vnic}"),
+        (None, Some(port)) => port.clone(),
+        (None, None) => return Err(usage("give --vnic NAME or --port PORT")),
+    };
+    let frames = match (&args.hex, &args.pcap) {
+        (Some(hex), _) => vec![packet::from_hex(hex)?],
+        (None, Some(path)) => packet::from_pcap(path)?,
+        (None, None) if args.words.is_empty() => {
+            return Err(usage(
+                "give a packet: --hex BYTES, --pcap FILE, or words such as dstIp=10.0.0.2 dstPort=80",
+            ));
+        }
+        (None, None) => vec![build(client, args.vnic.as_deref(), &args.words).await?],
+    };
+    let mut well = true;
+    for frame in frames {
+        let answer = client.trace(v1::TraceRequest { port: port.clone(), frame }).await?.into_inner();
+        well &= answer.agree;
+        render::trace(output, &port, &answer)?;
+    }
+    Ok(well)
+}
+
+/// Builds a frame whose source is the vNIC unless the words say otherwise.
+async fn build(client: &mut Client, vnic: Option<&str>, words: &[String]) -> Result<Vec<u8>, CliError> {
+    let mut builder = Builder::default();
+    if let Some(vnic) = vnic {
+        let resource = Some(v1::ResourceRef { kind: "vnic".to_owned(), name: vnic.to_owned() });
+        let found = client.get(v1::GetRequest { resource }).await?.into_inner().resource;
+        if let Some(v1::resource::Spec::Vnic(spec)) = found.and_then(|resource| resource.spec) {
+            builder.src_mac = spec.mac.parse().unwrap_or_default();
+            let ips = spec.policy.map(|policy| policy.ip_guard).unwrap_or_default();
+            builder.own_ips = ips.iter().filter_map(|ip| ip.parse().ok()).collect();
+        }
+    }
+    for word in words {
+        builder.set(word)?;
+    }
+    Ok(builder.build()?)
+}
+
+async fn examine(socket: &std::path::Path, output: &Output) -> Result<bool, CliError> {
+    let answer = match connect(socket).await {
+        Ok(mut client) => client.doctor(v1::DoctorRequest {}).await?.into_inner(),
+        Err(error) => {
+            let mut findings = doctor::host(None);
+            findings.push(doctor::finding(
+                v1::finding::Level::Problem,
+                "daemon",
+                error.to_string(),
+                "start it, and look at its log: sluiced --state-dir DIR --socket PATH",
+            ));
+            v1::DoctorResponse { findings }
+        }
+    };
+    render::doctor(output, &answer)
+}

@@ -1,0 +1,263 @@
+//! The daemon's heart without its thread: desired state, engine, statuses, and the passes that bring them together.
+//!
+//! [`reconcile`](crate::reconcile) runs one of these in a thread of its own; tests call it directly. Every change
+//! goes the same way: make the new desired state beside the old, validate the whole, number and lower it, store it,
+//! and only then let a pass program it.
+
+mod change;
+mod counters;
+mod status;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use sluice_kernel::{Observation, SyncReport};
+use sluice_policy::config::Config;
+use sluice_policy::image::Image;
+use sluice_policy::lower;
+use sluice_proto::v1;
+use tokio::sync::watch;
+
+use crate::engine::DataPlane;
+use crate::error::Error;
+use crate::events::{EventLog, Severity};
+use crate::resource::Key;
+use crate::store::{Origin, State, Store};
+
+pub use change::Outcome;
+
+/// How often a pass may start over because attaching changed what interfaces accept.
+const ROUNDS_MAX: usize = 3;
+
+/// What everybody may see: resources with their statuses, as of the last pass.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct View {
+    /// Revision of the desired state.
+    pub revision: u64,
+    /// Resources.
+    pub resources: BTreeMap<Key, Arc<v1::Resource>>,
+}
+
+/// Desired state, engine, and what is known of how they agree.
+pub struct Core {
+    store: Store,
+    state: State,
+    config: Config,
+    engine: Box<dyn DataPlane>,
+    /// What the engine was last told.
+    image: Image,
+    ports: BTreeMap<String, v1::PortStatus>,
+    /// Tables of an unknown past are left alone until the first apply.
+    untouched: bool,
+    events: EventLog,
+    view: watch::Sender<Arc<View>>,
+}
+
+impl Core {
+    /// Brings a store and an engine together, and says in the event log where both came from. Programs nothing yet.
+    pub fn new(store: Store, state: State, origin: Origin, engine: Box<dyn DataPlane>) -> Core {
+        let mut events = EventLog::default();
+        let (revision, count) = (state.revision, state.resources.len());
+        let adoption = engine.adoption();
+        let untouched = origin == Origin::Nowhere && adoption.found_tables;
+        match origin {
+            Origin::StateDir => {
+                events.note(Severity::Info, format!("started with {count} resources at revision {revision}"));
+            }
+            Origin::RuntimeCopy => events.note(
+                Severity::Warning,
+                format!(
+                    "the state directory was empty: recovered {count} resources at revision {revision} from the copy beside the pins"
+                ),
+            ),
+            Origin::Nowhere if untouched => events.note(
+                Severity::Warning,
+                "neither the state directory nor the runtime directory had a state, but tables of an earlier daemon are pinned: \
+                 they stay as they are, and in force, until the first apply",
+            ),
+            Origin::Nowhere => events.note(Severity::Info, "started with an empty state"),
+        }
+        for line in adoption.lines {
+            events.note(Severity::Info, line);
+        }
+        let config = state.config();
+        let mut core = Core {
+            store,
+            state,
+            config,
+            engine,
+            image: Image::default(),
+            ports: BTreeMap::new(),
+            untouched,
+            events,
+            view: watch::Sender::new(Arc::new(View::default())),
+        };
+        core.publish();
+        core
+    }
+
+    /// The published state, and notice of its changes.
+    pub fn view(&self) -> watch::Receiver<Arc<View>> {
+        self.view.subscribe()
+    }
+
+    /// The event log.
+    pub fn events(&self) -> &EventLog {
+        &self.events
+    }
+
+    /// The store, to read.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Statuses of ports, as of the last pass.
+    pub fn ports(&self) -> &BTreeMap<String, v1::PortStatus> {
+        &self.ports
+    }
+
+    /// Whether tables of an unknown past are being left alone.
+    pub fn is_untouched(&self) -> bool {
+        self.untouched
+    }
+
+    /// Names of the interfaces that ports are, or will be, attached to.
+    pub fn netdevs(&self) -> impl Iterator<Item = &str> {
+        self.image.ports.values().map(|port| port.netdev.as_str())
+    }
+
+    /// Whether a port is attached to this interface.
+    pub fn is_bound(&self, ifindex: u32) -> bool {
+        self.image.ifindexes.contains_key(&ifindex)
+    }
+
+    /// Brings the data plane in line with the desired state. Says what was done; nothing on an unchanged world.
+    ///
+    /// Whatever fails is in the statuses and the event log, and is tried again by the next pass.
+    pub fn pass(&mut self) -> Vec<String> {
+        if self.untouched {
+            return Vec::new();
+        }
+        let done = match self.program() {
+            Ok(done) => done,
+            Err(error) => {
+                self.events.note(Severity::Error, format!("programming failed: {error}"));
+                self.ports = status::failed(&lower::ports(&self.config), &self.state.ids, &error.to_string());
+                Vec::new()
+            }
+        };
+        self.publish();
+        done
+    }
+
+    fn program(&mut self) -> Result<Vec<String>, Error> {
+        let ports = lower::ports(&self.config);
+        let mut done = self.engine.ensure_internal(&ports)?;
+        for line in &done {
+            self.events.note(Severity::Info, line.clone());
+        }
+        for round in 0.. {
+            let observation = self.engine.observe(&ports)?;
+            let image = lower::lower(&self.config, &self.state.ids, &observation.bindings)?;
+            let report = self.engine.sync(&image)?;
+            self.image = image;
+            done.extend(report.link_changes.iter().cloned());
+            if report.writes.total() > 0 {
+                done.push(format!("tables: {}", report.writes));
+            }
+            let again = report.observe_again && round < ROUNDS_MAX;
+            self.note_pass(&observation, report);
+            if !again {
+                break;
+            }
+        }
+        Ok(done)
+    }
+
+    /// Takes statuses over, and notes what changed.
+    fn note_pass(&mut self, observation: &Observation, report: SyncReport) {
+        for line in report.link_changes {
+            self.events.note(Severity::Info, line);
+        }
+        let ports = status::ports(&self.image, observation, &report.ports);
+        for (name, port) in &ports {
+            let before = self.ports.get(name);
+            if before.is_some_and(|before| before.state == port.state && before.ifindex == port.ifindex) {
+                continue;
+            }
+            let (severity, text) = match port.state() {
+                v1::port_status::State::Attached => (
+                    Severity::Info,
+                    format!("{name} is attached to {} (ifindex {})", port.netdev, port.ifindex),
+                ),
+                v1::port_status::State::Pending => {
+                    let severity = if before.is_some() { Severity::Warning } else { Severity::Info };
+                    (severity, format!("{name} is pending: {}", port.message))
+                }
+                _ => (Severity::Error, format!("{name} failed: {}", port.message)),
+            };
+            self.events.note(severity, text);
+        }
+        self.ports = ports;
+    }
+
+    /// A pass that looks at everything, also at what nobody announces: files, pins and links that were removed.
+    pub fn full_pass(&mut self) {
+        match self.store.ensure_file(&self.state) {
+            Ok(false) => {}
+            Ok(true) => self.events.note(
+                Severity::Warning,
+                format!("the state file was deleted: written again at {}", self.store.path().display()),
+            ),
+            Err(error) => self.events.note(Severity::Error, format!("the state file was deleted: {error}")),
+        }
+        match self.store.ensure_copy(&self.state) {
+            Ok(false) => {}
+            Ok(true) => self
+                .events
+                .note(Severity::Warning, "the runtime copy of the state was missing: written again"),
+            Err(error) => self.events.note(Severity::Error, format!("runtime copy: {error}")),
+        }
+        if !self.untouched {
+            match self.engine.repair() {
+                Ok(repaired) => {
+                    for line in repaired {
+                        self.events.note(Severity::Warning, line);
+                    }
+                }
+                Err(error) => self.events.note(Severity::Error, format!("repair failed: {error}")),
+            }
+        }
+        self.pass();
+    }
+
+    /// Forgets learnt addresses that are too old.
+    pub fn age_fdb(&mut self) {
+        if self.untouched {
+            return;
+        }
+        if let Err(error) = self.engine.age_fdb() {
+            self.events.note(Severity::Error, format!("ageing failed: {error}"));
+        }
+    }
+
+    /// Publishes resources and statuses, keeping what did not change.
+    fn publish(&mut self) {
+        let before = self.view.borrow().clone();
+        let mut view = View { revision: self.state.revision, resources: BTreeMap::new() };
+        for (key, entry) in &self.state.resources {
+            let resource = status::resource(entry, &self.ports);
+            let shared = match before.resources.get(key) {
+                Some(known) if **known == resource => known.clone(),
+                _ => Arc::new(resource),
+            };
+            view.resources.insert(key.clone(), shared);
+        }
+        if *before != view {
+            self.view.send_replace(Arc::new(view));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

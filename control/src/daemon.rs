@@ -1,0 +1,228 @@
+//! The daemon `sluiced`: puts store, engine, reconciler and server together, and takes them down again.
+//!
+//! Ending, by signal or by force, leaves the data plane as it is; the next start adopts it. Only `--purge` removes it.
+
+mod paths;
+mod privileges;
+
+use std::io;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use clap::Parser;
+use sluice_kernel::{Engine, EngineError, EngineOptions, LinkMonitor};
+use sluice_proto::FILE_DESCRIPTOR_SET;
+use sluice_proto::v1::sluice_server::SluiceServer;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+
+use crate::core::Core;
+use crate::engine::KernelEngine;
+use crate::reconcile::{self, Handle, StartError};
+use crate::server::{self, Api, Identity, MESSAGE_MAX, SocketError};
+use crate::store::{Store, StoreError};
+
+pub use paths::{Paths, PathsError};
+pub use privileges::PrivilegeError;
+
+/// How long a wait for interface events lasts; an ending daemon is noticed this late.
+const MONITOR_WAIT: Duration = Duration::from_secs(1);
+/// How long open requests may take to end.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
+
+/// The software switch of a hypervisor: forwards between VM interfaces under policy, in eBPF.
+#[derive(Debug, Parser)]
+#[command(name = "sluiced", version)]
+pub struct Args {
+    /// Directory of the desired state; it names the instance.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/sluice")]
+    pub state_dir: PathBuf,
+    /// Unix socket to serve the API on.
+    #[arg(long, value_name = "PATH", default_value = "/run/sluice/sluiced.sock")]
+    pub socket: PathBuf,
+    /// YAML file with rarely needed settings: pinDir, runtimeDir, socketMode, log.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Detach everything, remove pins and the runtime copy of this instance, and exit. The state directory stays.
+    #[arg(long)]
+    pub purge: bool,
+}
+
+/// Why the daemon did not start or ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Settings or directories.
+    #[error(transparent)]
+    Paths(#[from] PathsError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The engine.
+    #[error("engine: {0}")]
+    Engine(#[from] EngineError),
+    /// The socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// Capabilities.
+    #[error(transparent)]
+    Privileges(#[from] PrivilegeError),
+    /// Threads, signals, the runtime.
+    #[error("{operation}: {source}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The server ended.
+    #[error("server: {0}")]
+    Server(#[from] tonic::transport::Error),
+    /// Reflection.
+    #[error("reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+fn io_error(operation: &'static str) -> impl FnOnce(io::Error) -> DaemonError {
+    move |source| DaemonError::Io { operation, source }
+}
+
+/// Runs the daemon until a signal ends it.
+///
+/// # Errors
+/// [`DaemonError`].
+pub fn run(args: &Args) -> Result<(), DaemonError> {
+    let paths = Paths::new(&args.state_dir, args.config.as_deref())?;
+    init_log(paths.log.as_deref());
+    if args.purge {
+        return purge(&paths);
+    }
+    // The locks come first: a second daemon must not touch anything.
+    let (store, state, origin) = Store::open(&paths.state_dir, &paths.runtime_dir)?;
+    let options = EngineOptions { pin_dir: paths.pin_dir.clone() };
+    let make = move || -> Result<Core, DaemonError> {
+        let engine = KernelEngine::open(&options)?;
+        privileges::drop_for_thread()?;
+        Ok(Core::new(store, state, origin, Box::new(engine)))
+    };
+    let (handle, reconciler) = reconcile::start(make).map_err(|error| match error {
+        StartError::Make(error) => error,
+        StartError::Thread(source) => DaemonError::Io { operation: "starting the reconciler", source },
+    })?;
+    privileges::drop_for_thread()?;
+    watch_links(handle.clone())?;
+    let served = serve(args, &paths, handle.clone());
+    handle.stop();
+    if reconciler.join().is_err() {
+        tracing::error!("the reconciler panicked");
+    }
+    served
+}
+
+fn init_log(filter: Option<&str>) {
+    let filter =
+        std::env::var("SLUICE_LOG").ok().or(filter.map(str::to_owned)).unwrap_or_else(|| "info".to_owned());
+    let format = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+    // Fails only if a log is there already, as in tests.
+    let _ = format.try_init();
+}
+
+/// Tells the reconciler of interface events, from a thread of its own.
+fn watch_links(handle: Handle) -> Result<(), DaemonError> {
+    let monitor = LinkMonitor::open()?;
+    let watch = move || {
+        loop {
+            match monitor.next_timeout(MONITOR_WAIT) {
+                Ok(events) => {
+                    if !handle.links(events) {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    tracing::error!("interface events: {error}");
+                    thread::sleep(MONITOR_WAIT);
+                }
+            }
+        }
+    };
+    thread::Builder::new()
+        .name("links".to_owned())
+        .spawn(watch)
+        .map_err(io_error("starting the link monitor"))?;
+    Ok(())
+}
+
+fn serve(args: &Args, paths: &Paths, handle: Handle) -> Result<(), DaemonError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("api")
+        .enable_all()
+        .build()
+        .map_err(io_error("starting the runtime"))?;
+    let result = runtime.block_on(serve_until_signal(args, paths, handle));
+    runtime.shutdown_timeout(SHUTDOWN_GRACE);
+    result
+}
+
+async fn serve_until_signal(args: &Args, paths: &Paths, handle: Handle) -> Result<(), DaemonError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(io_error("waiting for signals"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(io_error("waiting for signals"))?;
+    let listener = server::bind(&args.socket, paths.socket_mode)?;
+    let identity = Identity {
+        instance: paths.instance.clone(),
+        state_dir: paths.state_dir.clone(),
+        runtime_dir: paths.runtime_dir.clone(),
+        pin_dir: paths.pin_dir.clone(),
+        socket: args.socket.clone(),
+    };
+    let api = SluiceServer::new(Api::new(handle, identity))
+        .max_decoding_message_size(MESSAGE_MAX)
+        .max_encoding_message_size(MESSAGE_MAX);
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<SluiceServer<Api>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let server = Server::builder()
+        .add_service(health_service)
+        .add_service(reflection)
+        .add_service(api)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
+            // Either a signal came or this function ended; both mean stop.
+            let _ = stopped.await;
+        });
+    tokio::pin!(server);
+    tracing::info!("serving on {}", args.socket.display());
+    // There may be no service manager to hear it.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let name = tokio::select! {
+        result = &mut server => return Ok(result?),
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    tracing::info!("{name}: stopping; the data plane stays as it is");
+    let _ = stop.send(());
+    // Watchers never end of themselves.
+    match tokio::time::timeout(SHUTDOWN_GRACE, &mut server).await {
+        Ok(result) => result?,
+        Err(_) => tracing::info!("open streams were cut"),
+    }
+    if let Err(error) = std::fs::remove_file(&args.socket) {
+        tracing::warn!("removing {}: {error}", args.socket.display());
+    }
+    Ok(())
+}
+
+/// Removes programs, links, maps and the runtime directory of the instance.
+fn purge(paths: &Paths) -> Result<(), DaemonError> {
+    // Holds the locks until everything is removed.
+    let (_store, _state, _origin) = Store::open(&paths.state_dir, &paths.runtime_dir)?;
+    let (engine, _) = Engine::open(&EngineOptions { pin_dir: paths.pin_dir.clone() })?;
+    engine.detach_all()?;
+    std::fs::remove_dir_all(&paths.runtime_dir).map_err(io_error("removing the runtime directory"))?;
+    tracing::info!("detached everything and removed {}", paths.pin_dir.display());
+    Ok(())
+}

@@ -1,0 +1,79 @@
+//! What the daemon needs of an engine: a small trait, so that tests can put a recording fake in its place.
+//!
+//! The types that cross are the kernel engine's own. One thread, the reconciler's, owns the engine.
+
+#[cfg(test)]
+pub(crate) mod fake;
+mod kernel;
+
+use sluice_kernel::{EngineError, FdbRow, FdbSweep, Observation, SyncReport};
+use sluice_pipeline::DropReason;
+use sluice_pipeline::tables::{PortStats, RuleStats};
+use sluice_policy::image::Image;
+use sluice_policy::lower::PortSpec;
+
+use crate::trace::LiveTrace;
+
+pub use kernel::KernelEngine;
+
+/// What the engine found when it was opened, in words for the event log.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Adoption {
+    /// Tables filled by an earlier daemon were found and are in use.
+    pub found_tables: bool,
+    /// What was found, one line each.
+    pub lines: Vec<String>,
+}
+
+/// An engine that keeps tables and attachments equal to an image. Calls block.
+pub trait DataPlane {
+    /// What was found when it was opened.
+    fn adoption(&self) -> Adoption;
+    /// Looks at the interfaces.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    fn observe(&self, ports: &[PortSpec]) -> Result<Observation, EngineError>;
+    /// Makes the interfaces of internal ports, and removes those no longer wanted. Says what was done.
+    ///
+    /// # Errors
+    /// If one cannot be made.
+    fn ensure_internal(&mut self, ports: &[PortSpec]) -> Result<Vec<String>, EngineError>;
+    /// Makes tables and attachments equal to the image; writes only differences.
+    ///
+    /// # Errors
+    /// If tables cannot be written. What concerns one port is in the report.
+    fn sync(&mut self, image: &Image) -> Result<SyncReport, EngineError>;
+    /// Puts back pins and links that somebody removed. Says what was done.
+    ///
+    /// # Errors
+    /// If something cannot be put back.
+    fn repair(&mut self) -> Result<Vec<String>, EngineError>;
+    /// Forgets learnt addresses that are too old.
+    ///
+    /// # Errors
+    /// If the table cannot be read or written.
+    fn age_fdb(&mut self) -> Result<FdbSweep, EngineError>;
+    /// Learnt addresses.
+    ///
+    /// # Errors
+    /// If the table cannot be read.
+    fn fdb(&self) -> Result<Vec<FdbRow>, EngineError>;
+    /// Counters of a port, by its id.
+    ///
+    /// # Errors
+    /// If the table cannot be read.
+    fn port_stats(&self, port: u32) -> Result<PortStats, EngineError>;
+    /// Drops on a port that are not zero, by its id.
+    ///
+    /// # Errors
+    /// If the table cannot be read.
+    fn drops(&self, port: u32) -> Result<Vec<(DropReason, u64)>, EngineError>;
+    /// Counters of rules, by their ids, in the same order.
+    ///
+    /// # Errors
+    /// If the table cannot be read.
+    fn rule_stats(&self, counters: &[u32]) -> Result<Vec<RuleStats>, EngineError>;
+    /// Takes a frame from a port through the pipeline over the live tables, without any side effect.
+    fn trace(&self, ingress: u32, frame: &[u8]) -> LiveTrace;
+}

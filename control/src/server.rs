@@ -1,0 +1,173 @@
+//! The gRPC service on a unix socket: hands requests to the reconciler and answers back.
+//!
+//! No logic of its own. Who is at the other end is read from the socket and goes into the audit log.
+
+mod socket;
+mod watch;
+
+use std::path::PathBuf;
+use std::pin::Pin;
+
+use sluice_pipeline::tables::LAYOUT_VERSION;
+use sluice_proto::v1;
+use sluice_proto::v1::sluice_server::Sluice;
+use tokio_stream::Stream;
+use tonic::transport::server::UdsConnectInfo;
+use tonic::{Request, Response, Status};
+
+use crate::core::Outcome;
+use crate::doctor;
+use crate::error::Error;
+use crate::reconcile::Handle;
+use crate::resource::{Key, Kind};
+
+pub use socket::{SocketError, bind};
+
+/// Largest message that is taken or given: an ACL group of 100 000 rules is about 10 MB.
+pub const MESSAGE_MAX: usize = 256 << 20;
+
+/// What the daemon knows of itself.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Name of the instance.
+    pub instance: String,
+    /// State directory.
+    pub state_dir: PathBuf,
+    /// Runtime directory.
+    pub runtime_dir: PathBuf,
+    /// Pin directory.
+    pub pin_dir: PathBuf,
+    /// The socket.
+    pub socket: PathBuf,
+}
+
+/// The service.
+#[derive(Clone)]
+pub struct Api {
+    handle: Handle,
+    identity: Identity,
+}
+
+impl Api {
+    /// A service in front of this reconciler.
+    pub fn new(handle: Handle, identity: Identity) -> Api {
+        Api { handle, identity }
+    }
+}
+
+fn actor<T>(request: &Request<T>) -> String {
+    let peer = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
+    match peer {
+        Some(peer) => match peer.pid() {
+            Some(pid) => format!("uid {}, pid {pid}", peer.uid()),
+            None => format!("uid {}", peer.uid()),
+        },
+        None => "unknown".to_owned(),
+    }
+}
+
+fn wanted_kind(kind: &str) -> Result<Option<Kind>, Error> {
+    if kind.is_empty() { Ok(None) } else { Ok(Some(kind.parse()?)) }
+}
+
+#[tonic::async_trait]
+impl Sluice for Api {
+    async fn apply(&self, request: Request<v1::ApplyRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+        let actor = actor(&request);
+        let request = request.into_inner();
+        let Outcome { revision, results, data_plane } =
+            self.handle.call(move |core| core.apply(&request, &actor)).await?;
+        Ok(Response::new(v1::ApplyResponse { revision, results, data_plane }))
+    }
+
+    async fn plan(&self, request: Request<v1::PlanRequest>) -> Result<Response<v1::PlanResponse>, Status> {
+        let request = request.into_inner();
+        Ok(Response::new(self.handle.call(move |core| core.plan(&request)).await?))
+    }
+
+    async fn delete(
+        &self,
+        request: Request<v1::DeleteRequest>,
+    ) -> Result<Response<v1::DeleteResponse>, Status> {
+        let actor = actor(&request);
+        let request = request.into_inner();
+        let Outcome { revision, data_plane, .. } =
+            self.handle.call(move |core| core.delete(&request, &actor)).await?;
+        Ok(Response::new(v1::DeleteResponse { revision, data_plane }))
+    }
+
+    async fn list(&self, request: Request<v1::ListRequest>) -> Result<Response<v1::ListResponse>, Status> {
+        let kind = wanted_kind(&request.get_ref().kind)?;
+        let view = self.handle.view().borrow().clone();
+        let resources = view.resources.iter().filter(|(key, _)| kind.is_none_or(|kind| key.kind == kind));
+        Ok(Response::new(v1::ListResponse {
+            resources: resources.map(|(_, resource)| resource.as_ref().clone()).collect(),
+            revision: view.revision,
+        }))
+    }
+
+    async fn get(&self, request: Request<v1::GetRequest>) -> Result<Response<v1::GetResponse>, Status> {
+        let reference = request.into_inner().resource.unwrap_or_default();
+        let key = Key::new(reference.kind.parse().map_err(Error::from)?, reference.name);
+        let view = self.handle.view().borrow().clone();
+        let resource = view.resources.get(&key).ok_or_else(|| Error::no_such(&key))?;
+        Ok(Response::new(v1::GetResponse { resource: Some(resource.as_ref().clone()) }))
+    }
+
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchResponse, Status>> + Send>>;
+
+    async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let kind = wanted_kind(&request.get_ref().kind)?;
+        Ok(Response::new(Box::pin(watch::changes(self.handle.view(), kind))))
+    }
+
+    async fn get_stats(
+        &self,
+        request: Request<v1::GetStatsRequest>,
+    ) -> Result<Response<v1::GetStatsResponse>, Status> {
+        let request = request.into_inner();
+        Ok(Response::new(self.handle.call(move |core| core.stats(&request)).await?))
+    }
+
+    async fn get_fdb(
+        &self,
+        request: Request<v1::GetFdbRequest>,
+    ) -> Result<Response<v1::GetFdbResponse>, Status> {
+        let request = request.into_inner();
+        Ok(Response::new(self.handle.call(move |core| core.fdb(&request)).await?))
+    }
+
+    async fn get_drops(
+        &self,
+        _request: Request<v1::GetDropsRequest>,
+    ) -> Result<Response<v1::GetDropsResponse>, Status> {
+        Ok(Response::new(self.handle.call(|core| core.drops()).await?))
+    }
+
+    async fn trace(&self, request: Request<v1::TraceRequest>) -> Result<Response<v1::TraceResponse>, Status> {
+        let request = request.into_inner();
+        Ok(Response::new(self.handle.call(move |core| core.trace(&request)).await?))
+    }
+
+    async fn doctor(
+        &self,
+        _request: Request<v1::DoctorRequest>,
+    ) -> Result<Response<v1::DoctorResponse>, Status> {
+        let identity = self.identity.clone();
+        let findings = self.handle.call(move |core| Ok(doctor::examine(core, &identity))).await?;
+        Ok(Response::new(v1::DoctorResponse { findings }))
+    }
+
+    async fn get_version(
+        &self,
+        _request: Request<v1::GetVersionRequest>,
+    ) -> Result<Response<v1::GetVersionResponse>, Status> {
+        Ok(Response::new(v1::GetVersionResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            instance: self.identity.instance.clone(),
+            revision: self.handle.view().borrow().revision,
+            layout: LAYOUT_VERSION,
+        }))
+    }
+}
