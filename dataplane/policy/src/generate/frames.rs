@@ -121,14 +121,31 @@ fn destination_mac(rng: &mut Rng, scenario: &Scenario, source: &Source<'_>) -> M
         .flat_map(|vnic| std::iter::once(vnic.mac).chain(vnic.extra_macs.iter().copied()))
         .chain(source.switch.internal.iter().map(|internal| internal_mac(source.switch, internal)))
         .collect();
+    // Those that carry the usual VLAN are likelier to be reached.
+    let reachable: Vec<MacAddr> = scenario
+        .config
+        .vnics
+        .iter()
+        .filter(|vnic| vnic.switch == source.switch.name && vnic.mac != source.mac && carries_usual(vnic))
+        .map(|vnic| vnic.mac)
+        .collect();
     match rng.below(100) {
-        0..=47 if !neighbours.is_empty() => *rng.pick(&neighbours),
-        0..=68 => station_mac(rng.below(STATIONS)),
-        69..=72 => vnic_mac(rng.below(12)),
+        0..=33 if !reachable.is_empty() => *rng.pick(&reachable),
+        0..=53 if !neighbours.is_empty() => *rng.pick(&neighbours),
+        0..=69 => station_mac(rng.below(STATIONS)),
+        70..=72 => vnic_mac(rng.below(12)),
         73..=84 => MacAddr([0xff; 6]),
         85..=92 => MacAddr([0x33, 0x33, 0, 0, 0, 1]),
-        93..=95 => MacAddr([0x01, 0x80, 0xc2, 0, 0, rng.below(18) as u8]),
+        93..=97 => MacAddr([0x01, 0x80, 0xc2, 0, 0, rng.below(18) as u8]),
         _ => source.mac,
+    }
+}
+
+fn carries_usual(vnic: &Vnic) -> bool {
+    match &vnic.policy.vlan {
+        VlanMode::Access(vid) => vid.get() == VLANS[0],
+        VlanMode::Trunk { allowed, .. } => allowed.iter().any(|range| range.contains(VLANS[0])),
+        VlanMode::Untagged | VlanMode::Tunnel(_) => false,
     }
 }
 
@@ -144,21 +161,22 @@ fn tags(rng: &mut Rng, source: &Source<'_>) -> Vec<(u16, u16)> {
         (_, 0..=1) => 3,
         (_, 2..=7) => 2,
         (Some(_), 8..=80) => 1,
-        (None, 8..=18) => 1,
+        (None, 8..=15) => 1,
         _ => 0,
     };
     (0..count)
         .map(|depth| {
             let vid = match source.trunk {
                 Some(ranges) if !ranges.is_empty() && depth == 0 && rng.chance(75) => {
-                    let range = rng.pick(ranges);
-                    if rng.chance(50) { range.first().get() } else { range.last().get() }
+                    let usual = ranges.iter().find(|range| range.contains(VLANS[0]));
+                    let range = usual.filter(|_| rng.chance(70)).unwrap_or_else(|| rng.pick(ranges));
+                    if rng.chance(70) { range.first().get() } else { range.last().get() }
                 }
                 // Priority-tagged frames are what access ports take.
                 None if depth == 0 && rng.chance(50) => 0,
                 _ => any_vid(rng),
             };
-            let tpid = if rng.chance(75) { 0x8100 } else { 0x88a8 };
+            let tpid = if rng.chance(88) { 0x8100 } else { 0x88a8 };
             (tpid, vid | (rng.below(16) as u16) << 12)
         })
         .collect()

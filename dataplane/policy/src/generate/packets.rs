@@ -78,7 +78,7 @@ fn ipv4(rng: &mut Rng, sender: &Sender) -> Vec<u8> {
         let fragment: u16 = *rng.pick(&[0x2000, 0x2000, 0x2001, 0x0001, 0x0002, 0x00b9, 0x20b9, 0x4000]);
         bytes[6..8].copy_from_slice(&fragment.to_be_bytes());
     }
-    let source = match rng.below(12) {
+    let source = match rng.below(24) {
         0 => ip4(rng.below(12)),
         1 => IpAddr::from([0, 0, 0, 0]),
         _ if is_dhcp && rng.chance(60) => IpAddr::from([0, 0, 0, 0]),
@@ -123,7 +123,7 @@ fn ipv6(rng: &mut Rng, sender: &Sender) -> Vec<u8> {
     let chain = if rng.chance(30) { extensions(rng, proto, &mut first) } else { Vec::new() };
     let length = chain.len() + body.len();
     let mut bytes = vec![0x60, 0, 0, 0, (length >> 8) as u8, length as u8, first, 255];
-    let source = match rng.below(14) {
+    let source = match rng.below(24) {
         0 => ip6(rng.below(12)),
         1 | 2 if is_discovery => Ipv6Addr::UNSPECIFIED.into(),
         1 => Ipv6Addr::UNSPECIFIED.into(),

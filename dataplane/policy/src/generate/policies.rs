@@ -42,7 +42,7 @@ pub(super) fn ip6(number: usize) -> IpAddr {
 
 /// One of the VLANs, the first one most often: so ports meet.
 fn vid(rng: &mut Rng) -> VlanId {
-    let vid = if rng.chance(50) { VLANS[0] } else { *rng.pick(&VLANS) };
+    let vid = if rng.chance(70) { VLANS[0] } else { *rng.pick(&VLANS) };
     VlanId::new(u32::from(vid)).expect("all are between 1 and 4094")
 }
 
@@ -67,8 +67,8 @@ fn switch(rng: &mut Rng, number: usize) -> Switch {
         full_checksums: false,
         trunk: if rng.chance(30) { ranges(rng) } else { Vec::new() },
         native: rng.chance(40).then(|| vid(rng)),
-        learn_limit: *rng.pick(&[0, 1, 2, 16_384, 16_384]),
-        up: rng.chance(92),
+        learn_limit: *rng.pick(&[0, 2, 16_384, 16_384]),
+        up: rng.chance(96),
     });
     let internal = rng.chance(30).then(|| Internal {
         netdev: format!("host{number}"),
@@ -93,8 +93,8 @@ fn ranges(rng: &mut Rng) -> Vec<VlanRange> {
 
 fn vlan_mode(rng: &mut Rng) -> VlanMode {
     match rng.below(10) {
-        0 | 1 => VlanMode::Untagged,
-        2..=5 => VlanMode::Access(vid(rng)),
+        0 => VlanMode::Untagged,
+        1..=5 => VlanMode::Access(vid(rng)),
         6..=8 => VlanMode::Trunk { allowed: ranges(rng), native: rng.chance(50).then(|| vid(rng)) },
         _ => VlanMode::Tunnel(vid(rng)),
     }
@@ -103,10 +103,10 @@ fn vlan_mode(rng: &mut Rng) -> VlanMode {
 fn vnic(rng: &mut Rng, number: usize, switches: &[Switch], groups: &[&str]) -> Vnic {
     let mut ip_guard = Vec::new();
     if rng.chance(45) {
-        if rng.chance(75) {
+        if rng.chance(85) {
             ip_guard.push(ip4(number));
         }
-        if ip_guard.is_empty() || rng.chance(60) {
+        if ip_guard.is_empty() || rng.chance(85) {
             ip_guard.push(ip6(number));
         }
     }
@@ -137,7 +137,7 @@ fn vnic(rng: &mut Rng, number: usize, switches: &[Switch], groups: &[&str]) -> V
             .filter(|_| number.is_multiple_of(3))
             .map(|extra| MacAddr([0x02, 0, 0, 0, 1 + extra as u8, number as u8]))
             .collect(),
-        up: rng.chance(95),
+        up: rng.chance(97),
         policy: Policy {
             vlan: vlan_mode(rng),
             allow_spoofing: rng.chance(35),
@@ -188,7 +188,7 @@ fn matches(rng: &mut Rng) -> AclMatch {
     }
     if rng.chance(30) {
         // Layer 2 only.
-        if rng.chance(70) {
+        if rng.chance(85) {
             matches.ethertype = Some(*rng.pick(&[0x0800, 0x0806, 0x86dd, 0x88cc, 0x0026]));
         }
         return matches;
