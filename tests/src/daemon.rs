@@ -29,6 +29,8 @@ pub struct Places {
     pub runtime: PathBuf,
     /// Directory on a bpffs for this daemon's pins.
     pub pins: PathBuf,
+    /// Settings file, which names the two above.
+    pub settings: PathBuf,
     /// File that collects what the daemon writes, over restarts.
     pub log: PathBuf,
 }
@@ -81,9 +83,10 @@ impl Daemon {
         let mut command = host.command(&program.display().to_string());
         command.arg("--state-dir").arg(&places.state);
         command.arg("--socket").arg(&places.socket);
-        command.arg("--runtime-dir").arg(&places.runtime);
-        command.arg("--pin-dir").arg(&places.pins);
-        command.env("RUST_LOG", "info").env("NO_COLOR", "1");
+        let settings =
+            format!("pinDir: {}\nruntimeDir: {}\n", places.pins.display(), places.runtime.display());
+        std::fs::write(&places.settings, settings).context("writing the settings")?;
+        command.arg("--config").arg(&places.settings).env("NO_COLOR", "1");
         Ok(command)
     }
 

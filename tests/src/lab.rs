@@ -1,5 +1,6 @@
 //! A host with a switch, and the VMs and networks around it.
 
+use std::cell::RefCell;
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
@@ -7,7 +8,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use tempfile::TempDir;
 
 use crate::api::{Sluice, list, text};
@@ -30,6 +31,7 @@ pub struct Lab {
     prefix: String,
     places: Places,
     sluice: Sluice,
+    daemon: RefCell<Option<Daemon>>,
     // Dropped in this order: first the host with the ports, then the files.
     host: Netns,
     _folder: TempDir,
@@ -70,13 +72,14 @@ impl Lab {
             socket: folder.path().join("sluiced.sock"),
             runtime: folder.path().join("run"),
             pins: Path::new(BPFFS).join(&prefix),
+            settings: folder.path().join("sluiced.yaml"),
             log: folder.path().join("sluiced.log"),
         };
         let host = Netns::create(&format!("{prefix}-host"))?;
         // The host's ends of ports are wires, not hosts: without IPv6 they say nothing of their own.
         host.sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
         let sluice = Sluice::new(&places.socket);
-        Ok(Lab { prefix, places, sluice, host, _folder: folder })
+        Ok(Lab { prefix, places, sluice, daemon: RefCell::new(None), host, _folder: folder })
     }
 
     /// The host's namespace.
@@ -98,8 +101,33 @@ impl Lab {
     ///
     /// # Errors
     /// See [`Daemon::start`].
-    pub fn start(&self) -> Result<Daemon> {
-        Daemon::start(&self.host, &self.places)
+    pub fn start(&self) -> Result<()> {
+        let daemon = Daemon::start(&self.host, &self.places)?;
+        self.daemon.replace(Some(daemon));
+        Ok(())
+    }
+
+    /// `kill -9` of the daemon; returns when it is gone.
+    ///
+    /// # Errors
+    /// When it had ended before.
+    pub fn kill(&self) -> Result<()> {
+        self.daemon.take().context("no daemon runs")?.kill()
+    }
+
+    /// Asks the daemon to end, and waits until it has, well.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn stop(&self) -> Result<()> {
+        let status = self.daemon.take().context("no daemon runs")?.stop()?;
+        ensure!(status.success(), "sluiced ended with {status}");
+        Ok(())
+    }
+
+    /// The daemon's process id; 0 when none runs.
+    pub fn daemon_pid(&self) -> u32 {
+        self.daemon.borrow().as_ref().map_or(0, Daemon::pid)
     }
 
     /// A namespace of this lab.
@@ -275,10 +303,10 @@ impl Vm {
 ///
 /// # Errors
 /// What `play` returns, or that the lab cannot be made.
-pub fn scenario(play: impl FnOnce(&Lab, Daemon) -> Result<()>) -> Result<()> {
+pub fn scenario(play: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
     let lab = Lab::new()?;
-    let daemon = lab.start()?;
-    play(&lab, daemon).map_err(|error| anyhow!("{error:#}\n{}", lab.diagnosis()))
+    lab.start()?;
+    play(&lab).map_err(|error| anyhow!("{error:#}\n{}", lab.diagnosis()))
 }
 
 /// Mounts the bpffs if nobody has; a daemon in a container would find it mounted.

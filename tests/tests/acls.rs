@@ -14,7 +14,7 @@ const NO_PING: &str = "aclGroups:
 
 #[test]
 fn a_rule_blocks_and_its_counter_rises() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         vm1.ping(&vm2)?;
         lab.apply(&format!("{NO_PING}vnics:\n{}", vm2.vnic("policy: {acl: {groups: [quiet]}}")))?;
@@ -30,7 +30,7 @@ fn a_rule_blocks_and_its_counter_rises() -> Result<()> {
 
 #[test]
 fn a_default_of_deny_lets_only_the_rules_through() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         let policy = "policy: {acl: {default: {fromVm: ALLOW, toVm: DENY}, rules: [
             {priority: 10, direction: TO_VM, match: {ethertype: arp}, action: ALLOW},
@@ -45,7 +45,7 @@ fn a_default_of_deny_lets_only_the_rules_through() -> Result<()> {
 
 #[test]
 fn an_edit_of_a_group_reaches_all_its_vnics_at_once() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let vms = (1..=4).map(|number| lab.vm(number)).collect::<Result<Vec<_>>>()?;
         let vnics: String = vms.iter().map(|vm| vm.vnic("policy: {acl: {groups: [quiet]}}")).collect();
         lab.apply(&format!("switches: [{{name: blue}}]\n{NO_PING}vnics:\n{vnics}"))?;
@@ -68,7 +68,7 @@ fn an_edit_of_a_group_reaches_all_its_vnics_at_once() -> Result<()> {
 
 #[test]
 fn a_rate_limit_limits() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         lab.apply(&format!(
             "vnics:\n{}",

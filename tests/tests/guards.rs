@@ -36,7 +36,7 @@ fn only_the_note_arrives(vm1: &Vm, vm2: &Vm, bad: &[u8]) -> Result<()> {
 
 #[test]
 fn a_spoofed_mac_drops() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         only_the_note_arrives(&vm1, &vm2, &note(vm2.mac(), mac(66), &[], "spoofed"))?;
         dropped(lab, "vnic/vm1", "mac-guard", 1)?;
@@ -53,7 +53,7 @@ fn a_spoofed_mac_drops() -> Result<()> {
 
 #[test]
 fn a_spoofed_address_drops() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         let guard = format!("policy: {{ipGuard: [\"{}\", \"{}\"]}}", vm1.ip4(), vm1.ip6());
         lab.apply(&format!("vnics:\n{}", vm1.vnic(&guard)))?;
@@ -81,7 +81,7 @@ fn a_spoofed_address_drops() -> Result<()> {
 
 #[test]
 fn dhcp_is_served_only_by_those_who_may() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (server, client) = (lab.vm(1)?, lab.bare_vm(2)?);
         let guarded = |on: bool| format!("vnics:\n{}", server.vnic(&format!("policy: {{dhcpGuard: {on}}}")));
         lab.apply(&format!(
@@ -112,7 +112,7 @@ fn dhcp_is_served_only_by_those_who_may() -> Result<()> {
 
 #[test]
 fn routers_are_only_those_who_may() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         lab.apply(&format!("vnics:\n{}", vm1.vnic("policy: {raGuard: true}")))?;
         only_the_note_arrives(&vm1, &vm2, &wire::router_advertisement(vm1.mac()))?;

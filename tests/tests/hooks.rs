@@ -17,7 +17,7 @@ fn uses_xdp(status: &Value) -> bool {
 
 #[test]
 fn tcp_flows_through_xdp_when_the_guest_computes_checksums() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = (lab.vm(1)?, lab.vm(2)?);
         for vm in [&vm1, &vm2] {
             vm.netns.run(&["ethtool", "-K", INTERFACE, "tx", "off"])?;
@@ -40,7 +40,7 @@ fn tcp_flows_through_xdp_when_the_guest_computes_checksums() -> Result<()> {
 
 #[test]
 fn a_mixed_switch_carries_both_ways() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = (lab.vm(1)?, lab.vm(2)?);
         vm1.netns.run(&["ethtool", "-K", INTERFACE, "tx", "off"])?;
         let policy = "hook: XDP, fullChecksums: true";
@@ -56,7 +56,7 @@ fn a_mixed_switch_carries_both_ways() -> Result<()> {
 
 #[test]
 fn xdp_is_refused_where_tcp_would_die() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         // Nobody has said that full checksums come.
         let said = match lab.sluice().apply(&format!("vnics:\n{}", vm1.vnic("hook: XDP"))) {

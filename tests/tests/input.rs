@@ -9,7 +9,7 @@ use sluice_tests::{PATIENCE, PacketSocket, scenario, wait_until};
 
 #[test]
 fn a_bad_apply_names_the_item_and_changes_nothing() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         let before = lab.sluice().json(&["get", "vnic"])?;
         let good = "- {name: extra, switch: blue, attach: {veth: x}, mac: \"02:00:00:00:0f:01\"}\n";
@@ -56,7 +56,7 @@ fn a_bad_apply_names_the_item_and_changes_nothing() -> Result<()> {
 
 #[test]
 fn malformed_frames_drop_under_their_reason() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         let from = PacketSocket::open(&vm1.netns, INTERFACE)?;
         let to = PacketSocket::open(&vm2.netns, INTERFACE)?;
@@ -99,7 +99,7 @@ fn malformed_frames_drop_under_their_reason() -> Result<()> {
 
 #[test]
 fn a_port_at_its_learning_limit_still_forwards() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, out) = (lab.vm(1)?, lab.outside(200)?);
         lab.apply(&format!(
             "switches: [{{name: blue, uplink: {{netdev: up200, learnLimit: 4}}}}]\nvnics:\n{}",

@@ -14,7 +14,7 @@ const REATTACH: Duration = Duration::from_secs(1);
 
 #[test]
 fn a_pending_vnic_attaches_when_its_interface_appears() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         // Applied before its interface exists: pending, and no error.
         let vm3 = Vm { name: "vm3".to_owned(), netns: lab.netns("vm3")?, port: "p3".to_owned(), number: 3 };
@@ -41,7 +41,7 @@ fn reappears(lab: &Lab, vm: &Vm) -> Result<()> {
 
 #[test]
 fn a_veth_deleted_and_made_again_is_attached_within_a_second() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         vm1.ping(&vm2)?;
         for _ in 0..5 {
@@ -58,13 +58,13 @@ fn a_veth_deleted_and_made_again_is_attached_within_a_second() -> Result<()> {
 
 #[test]
 fn a_veth_replaced_while_the_daemon_is_dead_is_attached_at_its_start() -> Result<()> {
-    scenario(|lab, daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
-        daemon.kill()?;
+        lab.kill()?;
         lab.host().run(&["ip", "link", "delete", &vm2.port])?;
         lab.wire(&vm2, &[])?;
         vm2.default_addresses()?;
-        let _daemon = lab.start()?;
+        lab.start()?;
         lab.sluice().wait_ready("vnic", "vm2", PATIENCE)?;
         vm1.ping(&vm2)?;
         vm2.ping(&vm1)
@@ -73,7 +73,7 @@ fn a_veth_replaced_while_the_daemon_is_dead_is_attached_at_its_start() -> Result
 
 #[test]
 fn a_tap_carries_a_vm_and_its_restart() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let vm1 = lab.vm(1)?;
         let guest = (mac(9), [10, 77, 0, 9].into());
         lab.sluice().apply(&format!(
@@ -114,7 +114,7 @@ fn a_tap_carries_a_vm_and_its_restart() -> Result<()> {
 
 #[test]
 fn an_uplink_taken_down_and_up_carries_again() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2, out) = (lab.vm(1)?, lab.vm(2)?, lab.outside(200)?);
         lab.apply(&format!(
             "switches: [{{name: blue, uplink: {{netdev: up200}}}}]\nvnics:\n{}{}",
@@ -141,7 +141,7 @@ fn an_uplink_taken_down_and_up_carries_again() -> Result<()> {
 
 #[test]
 fn a_port_taken_down_by_policy_is_silent() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         lab.apply(&format!("vnics:\n{}", vm2.vnic("adminState: DOWN")))?;
         vm1.no_ping(&vm2)?;
@@ -157,7 +157,7 @@ fn a_port_taken_down_by_policy_is_silent() -> Result<()> {
 
 #[test]
 fn what_is_attached_is_named() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, _vm2) = lab.pair()?;
         let index = lab.host().ifindex(&vm1.port)?.unwrap_or(0);
         let answer = lab.sluice().json(&["get", "vnic", "vm1"])?;

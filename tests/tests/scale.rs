@@ -19,7 +19,7 @@ const SECONDS: Duration = Duration::from_secs(30);
 
 #[test]
 fn sixty_four_vnics_on_one_switch() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let vms = (1..=64).map(|number| lab.vm(number)).collect::<Result<Vec<_>>>()?;
         let vnics: String = vms.iter().map(|vm| vm.vnic("")).collect();
         lab.apply(&format!("switches: [{{name: blue}}]\nvnics:\n{vnics}"))?;
@@ -50,7 +50,7 @@ fn sixty_four_vnics_on_one_switch() -> Result<()> {
 
 #[test]
 fn a_thousand_vnics_are_applied_in_seconds() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = (lab.vm(1)?, lab.vm(2)?);
         let mut yaml = format!("switches: [{{name: blue}}]\nvnics:\n{}{}", vm1.vnic(""), vm2.vnic(""));
         for number in 3..=1000u16 {
@@ -87,7 +87,7 @@ fn a_thousand_vnics_are_applied_in_seconds() -> Result<()> {
 
 #[test]
 fn ten_thousand_rules_are_applied_in_seconds_and_edited_one_by_one() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         let group = |last_action: &str| {
             let mut yaml = String::from("aclGroups:\n- name: big\n  rules:\n");

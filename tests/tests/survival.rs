@@ -45,14 +45,14 @@ fn a_new_address_is_learnt(vm1: &Vm, vm3: &Vm, number: u8) -> Result<()> {
 
 #[test]
 fn killing_the_daemon_under_load_loses_nothing() -> Result<()> {
-    scenario(|lab, daemon| {
+    scenario(|lab| {
         let [vm1, vm2, vm3, vm4] = network(lab)?;
         vm1.ping(&vm2)?;
         a_new_address_is_learnt(&vm1, &vm3, 100)?;
 
         let flow = Flow::start(&vm1.netns, &vm2.netns, (vm2.ip4(), 7000).into())?;
         flow.wait_received(PACKETS / 5, LONG)?;
-        daemon.kill()?;
+        lab.kill()?;
         let killed_at = flow.sent();
 
         // Nobody is at home: flows that never were, and addresses that nobody knew.
@@ -61,7 +61,7 @@ fn killing_the_daemon_under_load_loses_nothing() -> Result<()> {
         a_new_address_is_learnt(&vm1, &vm3, 101)?;
         flow.wait_received(killed_at + PACKETS / 5, LONG)?;
 
-        let daemon = lab.start()?;
+        lab.start()?;
         let restarted_at = flow.sent();
         for vm in [&vm1, &vm2, &vm3, &vm4] {
             lab.sluice().wait_ready("vnic", &vm.name, PATIENCE)?;
@@ -80,33 +80,31 @@ fn killing_the_daemon_under_load_loses_nothing() -> Result<()> {
             ensure!(fdb.contains(&row), "{row:?} is not in {fdb:?}");
         }
         a_new_address_is_learnt(&vm1, &vm3, 102)?;
-        drop(daemon);
         Ok(())
     })
 }
 
 #[test]
 fn an_orderly_stop_leaves_the_switch_running_too() -> Result<()> {
-    scenario(|lab, daemon| {
+    scenario(|lab| {
         let [vm1, vm2, vm3, vm4] = network(lab)?;
-        let status = daemon.stop()?;
-        ensure!(status.success(), "sluiced ended with {status}");
+        lab.stop()?;
         vm1.ping(&vm2)?;
         vm4.ping(&vm1)?;
         a_new_address_is_learnt(&vm1, &vm3, 100)?;
-        let _daemon = lab.start()?;
+        lab.start()?;
         vm2.ping(&vm4)
     })
 }
 
 #[test]
 fn a_restart_changes_nothing() -> Result<()> {
-    scenario(|lab, daemon| {
+    scenario(|lab| {
         let [vm1, vm2, ..] = network(lab)?;
         vm1.ping(&vm2)?;
         let before = lab.sluice().json(&["get", "vnic", "vm1"])?;
-        daemon.kill()?;
-        let _daemon = lab.start()?;
+        lab.kill()?;
+        lab.start()?;
         lab.sluice().wait_ready("vnic", "vm1", PATIENCE)?;
         let after = lab.sluice().json(&["get", "vnic", "vm1"])?;
         ensure!(before == after, "before: {before}\nafter: {after}");
@@ -116,12 +114,12 @@ fn a_restart_changes_nothing() -> Result<()> {
 
 /// The daemon is killed, `harm` is done, it is started again; then everything must work, with no apply in between.
 fn comes_back_after(harm: impl FnOnce(&Lab) -> Result<()>, diagnosis: &str) -> Result<()> {
-    scenario(|lab, daemon| {
+    scenario(|lab| {
         let [vm1, vm2, vm3, _] = network(lab)?;
         vm1.ping(&vm2)?;
-        daemon.kill()?;
+        lab.kill()?;
         harm(lab)?;
-        let _daemon = lab.start()?;
+        lab.start()?;
         works_again(lab, &vm1, &vm2, &vm3)?;
         lab.sluice().wait_doctor(diagnosis, PATIENCE)
     })
@@ -159,7 +157,7 @@ fn the_pins_deleted_while_the_daemon_is_dead() -> Result<()> {
 
 #[test]
 fn the_state_directory_deleted_while_the_daemon_lives() -> Result<()> {
-    scenario(|lab, daemon| {
+    scenario(|lab| {
         let [vm1, vm2, vm3, vm4] = network(lab)?;
         let flow = Flow::start(&vm1.netns, &vm2.netns, (vm2.ip4(), 7000).into())?;
         flow.wait_received(10_000, LONG)?;
@@ -169,8 +167,8 @@ fn the_state_directory_deleted_while_the_daemon_lives() -> Result<()> {
         ensure!(report.lost() == 0, "{report:?}");
         // What is applied now is on disk again: it survives a kill.
         lab.apply(&format!("vnics:\n{}", vm4.vnic("policy: {vlan: {access: 20}}")))?;
-        daemon.kill()?;
-        let _daemon = lab.start()?;
+        lab.kill()?;
+        lab.start()?;
         works_again(lab, &vm1, &vm2, &vm3)?;
         vm4.no_ping(&vm1)
     })
@@ -178,7 +176,7 @@ fn the_state_directory_deleted_while_the_daemon_lives() -> Result<()> {
 
 #[test]
 fn the_pins_deleted_while_the_daemon_lives() -> Result<()> {
-    scenario(|lab, daemon| {
+    scenario(|lab| {
         let [vm1, vm2, vm3, _] = network(lab)?;
         let flow = Flow::start(&vm1.netns, &vm2.netns, (vm2.ip4(), 7000).into())?;
         flow.wait_received(10_000, LONG)?;
@@ -191,11 +189,11 @@ fn the_pins_deleted_while_the_daemon_lives() -> Result<()> {
         })?;
         lab.sluice().wait_doctor("pin", PATIENCE)?;
         // They are pins of what is in force, so the switch outlives the daemon as before.
-        daemon.kill()?;
+        lab.kill()?;
         a_new_address_is_learnt(&vm1, &vm3, 100)?;
         let received = flow.received();
         flow.wait_received(received + 10_000, LONG)?;
-        let _daemon = lab.start()?;
+        lab.start()?;
         works_again(lab, &vm1, &vm2, &vm3)?;
         let report = flow.finish()?;
         ensure!(report.lost() == 0, "{report:?}");
@@ -217,7 +215,7 @@ fn pins_under(lab: &Lab) -> Result<usize> {
 
 #[test]
 fn a_second_daemon_refuses_and_harms_nothing() -> Result<()> {
-    scenario(|lab, daemon| {
+    scenario(|lab| {
         let [vm1, vm2, ..] = network(lab)?;
         for socket in [lab.places().socket.clone(), lab.places().socket.with_extension("other")] {
             let places = sluice_tests::daemon::Places { socket, ..lab.places().clone() };
@@ -228,7 +226,7 @@ fn a_second_daemon_refuses_and_harms_nothing() -> Result<()> {
             let state = lab.places().state.display().to_string();
             ensure!(said.contains(&state), "it does not name the state directory: {said}");
         }
-        ensure!(lab.sluice().daemon_pid()? == daemon.pid(), "the first daemon does not answer any more");
+        ensure!(lab.sluice().daemon_pid()? == lab.daemon_pid(), "the first daemon does not answer any more");
         vm1.ping(&vm2)
     })
 }

@@ -8,7 +8,7 @@ use sluice_tests::{scenario, tools};
 
 #[test]
 fn ping_over_both_families() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         vm1.ping(&vm2)?;
         vm2.ping(&vm1)?;
@@ -19,7 +19,7 @@ fn ping_over_both_families() -> Result<()> {
 
 #[test]
 fn iperf3_tcp_over_both_families() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         for address in [vm2.ip4().to_string(), vm2.ip6().to_string()] {
             for direction in [&["-t", "2"][..], &["-t", "2", "-R"]] {
@@ -34,7 +34,7 @@ fn iperf3_tcp_over_both_families() -> Result<()> {
 
 #[test]
 fn iperf3_udp_over_both_families() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         for address in [vm2.ip4().to_string(), vm2.ip6().to_string()] {
             // A rate that two busy cores carry; what is lost at it, the switch lost.
@@ -53,7 +53,7 @@ fn iperf3_udp_over_both_families() -> Result<()> {
 
 #[test]
 fn the_outside_is_reached_through_the_uplink() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, out) = (lab.vm(1)?, lab.outside(200)?);
         lab.apply(&format!(
             "switches: [{{name: blue, uplink: {{netdev: up200}}}}]\nvnics:\n{}",
@@ -72,7 +72,7 @@ fn the_outside_is_reached_through_the_uplink() -> Result<()> {
 
 #[test]
 fn the_host_is_reached_through_its_internal_port() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let vm1 = lab.vm(1)?;
         lab.apply(&format!(
             "switches: [{{name: blue, internal: {{netdev: blue-host}}}}]\nvnics:\n{}",
@@ -93,7 +93,7 @@ fn the_host_is_reached_through_its_internal_port() -> Result<()> {
 
 #[test]
 fn giant_frames_pass_whole() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         for vm in [&vm1, &vm2] {
             lab.host().run(&["ip", "link", "set", &vm.port, "mtu", "9000"])?;

@@ -13,7 +13,7 @@ fn socket(vm: &Vm) -> Result<PacketSocket> {
 
 #[test]
 fn access_vlans_separate() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2, vm3) = (lab.vm(1)?, lab.vm(2)?, lab.vm(3)?);
         lab.apply(&format!(
             "switches: [{{name: blue}}]\nvnics:\n{}{}{}",
@@ -48,7 +48,7 @@ fn trunked(lab: &Lab) -> Result<(Vm, Vm, Vm)> {
 
 #[test]
 fn a_trunk_carries_its_vlans_tagged_and_its_native_untagged() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2, vm3) = trunked(lab)?;
         let (access, native, trunk) = (socket(&vm1)?, socket(&vm2)?, socket(&vm3)?);
 
@@ -76,7 +76,7 @@ fn a_trunk_carries_its_vlans_tagged_and_its_native_untagged() -> Result<()> {
 
 #[test]
 fn broadcasts_stay_in_their_vlan() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2, vm3) = trunked(lab)?;
         let (access, native, trunk) = (socket(&vm1)?, socket(&vm2)?, socket(&vm3)?);
         trunk.send(&note(wire::BROADCAST, vm3.mac(), &[(TPID_CUSTOMER, 10)], "to all of 10"))?;
@@ -95,7 +95,7 @@ fn broadcasts_stay_in_their_vlan() -> Result<()> {
 
 #[test]
 fn a_tunnel_carries_tags_behind_a_service_tag() -> Result<()> {
-    scenario(|lab, _daemon| {
+    scenario(|lab| {
         let (vm1, vm2, out) = (lab.bare_vm(1)?, lab.bare_vm(2)?, lab.outside(200)?);
         lab.apply(&format!(
             "switches: [{{name: blue, uplink: {{netdev: up200}}}}]\nvnics:\n{}{}",

@@ -14,7 +14,7 @@ use serde_json::Value;
 use sluice_tests::lab::INTERFACE;
 use sluice_tests::tools::{Running, iperf3_server, ping, pings_answered};
 use sluice_tests::wire::{carries, mac, note};
-use sluice_tests::{Daemon, Flow, Lab, PATIENCE, PacketSocket, Vm};
+use sluice_tests::{Flow, Lab, PATIENCE, PacketSocket, Vm};
 
 fn main() -> ExitCode {
     println!("{}", bold("Sluice: a virtual switch in eBPF, one policy per VM interface"));
@@ -35,10 +35,9 @@ fn main() -> ExitCode {
 fn play() -> Result<()> {
     let lab = Lab::new()?;
     let (vm1, vm2, outside) = (lab.vm(1)?, lab.vm(2)?, lab.outside(3)?);
-    let daemon = claim("sluiced starts and answers", || {
-        let daemon = lab.start()?;
-        let said = format!("pid {}", daemon.pid());
-        Ok((said, daemon))
+    claim("sluiced starts and answers", || {
+        lab.start()?;
+        Ok((format!("pid {}", lab.daemon_pid()), ()))
     })?;
     claim("sluice apply: a switch, an uplink, two vNICs", || {
         lab.apply(&format!(
@@ -52,7 +51,7 @@ fn play() -> Result<()> {
     guards(&lab, &vm1, &vm2)?;
     separates(&lab, &vm1, &vm2)?;
     blocks(&lab, &vm1, &vm2)?;
-    survives(&lab, daemon, [&vm1, &vm2, &outside])
+    survives(&lab, [&vm1, &vm2, &outside])
 }
 
 fn forwards(vm1: &Vm, vm2: &Vm, outside: &Vm) -> Result<()> {
@@ -115,7 +114,7 @@ fn blocks(lab: &Lab, vm1: &Vm, vm2: &Vm) -> Result<()> {
 }
 
 /// `kill -9` and restart while iperf3 and a sequence-numbered stream run from VM 1 to VM 2.
-fn survives(lab: &Lab, daemon: Daemon, [vm1, vm2, outside]: [&Vm; 3]) -> Result<()> {
+fn survives(lab: &Lab, [vm1, vm2, outside]: [&Vm; 3]) -> Result<()> {
     const LONG: Duration = Duration::from_secs(60);
     const PACKETS: u64 = 200_000;
     lab.apply(&format!("vnics:\n{}{}", vm1.vnic(""), vm2.vnic("")))?;
@@ -133,7 +132,7 @@ fn survives(lab: &Lab, daemon: Daemon, [vm1, vm2, outside]: [&Vm; 3]) -> Result<
     flow.wait_received(PACKETS, LONG)?;
 
     claim("kill -9 of the daemon: new flows work while it is dead", || {
-        daemon.kill()?;
+        lab.kill()?;
         let output = lab.sluice().attempt(&["version"])?;
         ensure!(lab.sluice().daemon_pid().is_err(), "somebody still answers: {output:?}");
         vm2.ping(outside)?;
@@ -142,15 +141,15 @@ fn survives(lab: &Lab, daemon: Daemon, [vm1, vm2, outside]: [&Vm; 3]) -> Result<
         flow.wait_received(received + PACKETS, LONG)?;
         Ok(("VM 2 to the outside, the outside to VM 1".to_owned(), ()))
     })?;
-    let daemon = claim("a restart adopts what is running", || {
-        let daemon = lab.start()?;
+    claim("a restart adopts what is running", || {
+        lab.start()?;
         for vm in [vm1, vm2] {
             lab.sluice().wait_ready("vnic", &vm.name, PATIENCE)?;
         }
         lab.sluice().wait_doctor("adopted", PATIENCE)?;
         let received = flow.received();
         flow.wait_received(received + PACKETS, LONG)?;
-        Ok((format!("pid {}", daemon.pid()), daemon))
+        Ok((format!("pid {}", lab.daemon_pid()), ()))
     })?;
     claim("and under iperf3 nothing was lost across both", || {
         let mut text = String::new();
@@ -171,9 +170,7 @@ fn survives(lab: &Lab, daemon: Daemon, [vm1, vm2, outside]: [&Vm; 3]) -> Result<
             stream.sent
         );
         Ok((said, ()))
-    })?;
-    drop(daemon);
-    Ok(())
+    })
 }
 
 /// Shows a claim, tries it, and shows what came of it.
