@@ -17,6 +17,16 @@ struct Link {
     info: LinkInfo,
 }
 
+impl Link {
+    /// Detaches for good.
+    fn detach(self) {
+        // The only way to fail is that its interface is gone, and it detached with it.
+        if let Err(error) = syscall::link_detach(self.fd.as_fd()) {
+            tracing::debug!(%error, ifindex = self.info.ifindex, "a link was already detached");
+        }
+    }
+}
+
 /// All links, by port and hook.
 #[derive(Debug, Default)]
 pub(crate) struct Attachments {
@@ -139,17 +149,19 @@ impl Attachments {
             _ => {}
         }
         syscall::pin(fd.as_fd(), &path)?;
-        self.links.insert(key, Link { fd, info: LinkInfo { program: program.id, ifindex } });
+        let link = Link { fd, info: LinkInfo { program: program.id, ifindex } };
+        if let Some(old) = self.links.insert(key, link) {
+            old.detach();
+        }
         Ok(Attached::New)
     }
 
     /// Detaches; `false` if there was nothing to detach.
     pub(crate) fn detach(&mut self, port: &str, kind: LinkKind, pins: &Pins) -> Result<bool, EngineError> {
-        let found = self.links.remove(&(port.to_owned(), kind)).is_some();
-        if found {
-            pins::unpin(&pins.link(port, kind))?;
-        }
-        Ok(found)
+        let Some(link) = self.links.remove(&(port.to_owned(), kind)) else { return Ok(false) };
+        link.detach();
+        pins::unpin(&pins.link(port, kind))?;
+        Ok(true)
     }
 
     /// Detaches every hook of a port.

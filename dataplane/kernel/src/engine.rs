@@ -13,7 +13,7 @@ use crate::links::Links;
 use crate::loader::{self, Loaded};
 use crate::pins::Pins;
 use crate::report::{AdoptReport, FdbRow, FdbSweep, MapWrites, MapsOutcome, Observation, SyncReport};
-use crate::sync::{Mirror, Pass};
+use crate::sync::{Expedited, Mirror, Pass};
 use crate::{EngineError, LiveTables, internal, observe, stats};
 
 /// How to open an engine.
@@ -195,7 +195,9 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Io`], [`EngineError::Netlink`].
     pub fn detach_all(mut self) -> Result<(), EngineError> {
-        for port in self.attachments.ports() {
+        let ports = self.attachments.ports();
+        let _expedited = Expedited::for_changes(ports.len());
+        for port in ports {
             self.attachments.detach_port(&port, &self.pins)?;
         }
         internal::ensure(&[])?;

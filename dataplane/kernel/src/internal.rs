@@ -68,7 +68,11 @@ pub(crate) fn ensure(ports: &[PortSpec]) -> Result<Vec<String>, EngineError> {
             }
             Pair::Absent { host } => {
                 make(&mut connection, host, &port.netdev, mac)?;
+                // A veth cannot be made up: its peer is not there yet.
                 let links = Links::read()?;
+                for link in [links.by_name(host), links.by_name(&port.netdev)].into_iter().flatten() {
+                    set_up(&mut connection, link.view.ifindex)?;
+                }
                 if let Some(link) = links.by_name(&port.netdev) {
                     mark(&mut connection, link.view.ifindex, &port.name)?;
                 }
@@ -145,16 +149,11 @@ fn indexed(ifindex: u32) -> LinkMessage {
 }
 
 fn make(connection: &mut Connection, host: &str, switch: &str, mac: MacAddr) -> Result<(), EngineError> {
-    let mut peer = named(switch);
-    peer.header.flags = LinkFlags::Up;
-    peer.header.change_mask = LinkFlags::Up;
     let mut message = named(host);
-    message.header.flags = LinkFlags::Up;
-    message.header.change_mask = LinkFlags::Up;
     message.attributes.push(LinkAttribute::Address(mac.0.to_vec()));
     message.attributes.push(LinkAttribute::LinkInfo(vec![
         LinkInfo::Kind(InfoKind::Veth),
-        LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
+        LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(named(switch)))),
     ]));
     connection
         .request(RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL)

@@ -6,7 +6,7 @@
 //!
 //! One thread owns the engine and calls block. [`LinkMonitor`] may live in another thread.
 //!
-//! Unsafe code is in `syscall` (bpf(2), membarrier(2)), `ethtool` (one ioctl) and one line of `monitor` only.
+//! Unsafe code is in `syscall` (bpf(2), membarrier(2)) and `ethtool` (one ioctl) only.
 
 #![deny(unsafe_code)]
 

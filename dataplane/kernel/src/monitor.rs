@@ -1,12 +1,15 @@
 //! Notice of interfaces that come, change and go.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use netlink_sys::protocols::NETLINK_ROUTE;
-use netlink_sys::{Socket, SocketAddr};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, setsockopt, socket,
+    sockopt,
+};
 
 use crate::{EngineError, links};
 
@@ -43,7 +46,7 @@ pub enum LinkEvent {
 /// It may be waited on by polling its descriptor, too. Events are not debounced.
 #[derive(Debug)]
 pub struct LinkMonitor {
-    socket: Socket,
+    socket: OwnedFd,
 }
 
 impl LinkMonitor {
@@ -52,11 +55,15 @@ impl LinkMonitor {
     /// # Errors
     /// [`EngineError::Netlink`].
     pub fn open() -> Result<LinkMonitor, EngineError> {
-        let open = || -> io::Result<Socket> {
-            let mut socket = Socket::new(NETLINK_ROUTE)?;
-            socket.bind(&SocketAddr::new(0, GROUP_LINK))?;
-            socket.set_rx_buf_sz(SOCKET_BUFFER as i32)?;
-            socket.set_non_blocking(true)?;
+        let open = || -> io::Result<OwnedFd> {
+            let socket = socket(
+                AddressFamily::Netlink,
+                SockType::Raw,
+                SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+                SockProtocol::NetlinkRoute,
+            )?;
+            setsockopt(&socket, sockopt::RcvBuf, &SOCKET_BUFFER)?;
+            bind(socket.as_raw_fd(), &NetlinkAddr::new(0, GROUP_LINK))?;
             Ok(socket)
         };
         let socket = open().map_err(EngineError::netlink("subscribing to interface changes"))?;
@@ -71,20 +78,21 @@ impl LinkMonitor {
         let failed = || EngineError::netlink("waiting for interface changes");
         let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout) {
-            Ok(0) | Err(nix::errno::Errno::EINTR) => return Ok(Vec::new()),
+            Ok(0) | Err(Errno::EINTR) => return Ok(Vec::new()),
             Ok(_) => {}
             Err(error) => return Err(failed()(error.into())),
         }
         let mut events = Vec::new();
-        let mut buffer = Vec::with_capacity(BUFFER);
+        let mut buffer = vec![0; BUFFER];
         loop {
-            buffer.clear();
-            match self.socket.recv(&mut buffer, 0) {
-                Ok(_) => events.extend(links::parse_notifications(&buffer).into_iter().map(event)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(events),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => events.push(LinkEvent::Overrun),
-                Err(error) => return Err(failed()(error)),
+            match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+                Ok(length) => {
+                    events.extend(links::parse_notifications(&buffer[..length]).into_iter().map(event));
+                }
+                Err(Errno::EAGAIN) => return Ok(events),
+                Err(Errno::EINTR) => {}
+                Err(Errno::ENOBUFS) => events.push(LinkEvent::Overrun),
+                Err(error) => return Err(failed()(error.into())),
             }
         }
     }
@@ -95,10 +103,8 @@ fn event((link, gone): (links::Link, bool)) -> LinkEvent {
     if gone { LinkEvent::Gone { ifindex, name } } else { LinkEvent::Changed { ifindex, name } }
 }
 
-#[allow(unsafe_code)]
 impl AsFd for LinkMonitor {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor is the socket's, which lives as long as the borrow of `self`.
-        unsafe { BorrowedFd::borrow_raw(self.socket.as_raw_fd()) }
+        self.socket.as_fd()
     }
 }

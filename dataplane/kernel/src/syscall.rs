@@ -430,6 +430,20 @@ pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr) }.map(drop)
 }
 
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct LinkDetachAttr {
+    link_fd: u32,
+}
+impl Attr for LinkDetachAttr {}
+
+/// Detaches a link now; closing the last descriptor would do it some time later.
+pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = LinkDetachAttr { link_fd: link.as_raw_fd() as u32 };
+    // SAFETY: there are no addresses in the attributes.
+    unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr) }.map(drop)
+}
+
 /// `MEMBARRIER_CMD_GLOBAL` of `include/uapi/linux/membarrier.h`.
 const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
 

@@ -282,12 +282,14 @@ fn a_process_killed_while_syncing_leaves_what_the_next_one_can_finish() {
                 .spawn()
                 .expect("the test can run itself");
             let stderr = BufReader::new(child.stderr.take().expect("it is piped"));
-            let syncing = stderr.lines().map_while(Result::ok).any(|line| line == "synced");
+            let mut lines = stderr.lines().map_while(Result::ok); // open until the child is dead
+            let syncing = lines.any(|line| line == "synced");
             assert!(syncing, "the child failed before its first sync was done");
             let moment = Instant::now() + Duration::from_millis(5 * round);
             eventually("the moment", || Instant::now() >= moment);
             child.kill().expect("the child is ours");
             child.wait().expect("the child is ours");
+            drop(lines);
             let (mut engine, report) = lab.open();
             assert_eq!(report.maps, MapsOutcome::Adopted, "{report:?}");
             for config in [plan(1), plan(0)] {

@@ -6,6 +6,7 @@ use std::io;
 use sluice_policy::image::PortImage;
 
 use super::Pass;
+use super::expedite::Expedited;
 use crate::attach::Attached;
 use crate::hook::{self, Choice};
 use crate::links::{Link, Links};
@@ -23,10 +24,10 @@ impl Pass<'_> {
             .map(|port| (port.name.as_str(), port.config.ifindex))
             .collect();
         self.attachments.hand_over(&wanted, self.pins)?;
-        for port in self.attachments.ports() {
-            if wanted.contains_key(port.as_str()) {
-                continue;
-            }
+        let mut unwanted = self.attachments.ports();
+        unwanted.retain(|port| !wanted.contains_key(port.as_str()));
+        let _expedited = Expedited::for_changes(unwanted.len());
+        for port in unwanted {
             for kind in [LinkKind::Xdp, LinkKind::Tcx] {
                 if self.attachments.detach(&port, kind, self.pins)? {
                     report.link_changes.push(format!("detached {kind} of {port}"));
@@ -44,6 +45,11 @@ impl Pass<'_> {
         refused: &BTreeMap<u32, String>,
         report: &mut SyncReport,
     ) -> Result<(), EngineError> {
+        let is_new = |port: &&PortImage| {
+            let ifindex = port.config.ifindex;
+            ifindex != 0 && !self.attachments.is_attached(&port.name, LinkKind::Tcx, ifindex)
+        };
+        let _expedited = Expedited::for_changes(self.image.ports.values().filter(is_new).count());
         for (id, port) in &self.image.ports {
             let status = match links.by_ifindex(port.config.ifindex) {
                 Some(link) => {

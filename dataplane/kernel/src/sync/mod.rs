@@ -5,11 +5,12 @@
 //!
 //! The order: ports that go or move (their links, then what leads to them, then themselves) → new rules → tuple lists →
 //! groups, each by one write → switches, IP guard, ports (into their idle slot, then one word) → addresses, flood lists →
-//! device map → interfaces → links → epoch → what is no longer needed. Whatever a running program may still be looking
+//! device map → interfaces → epoch → links → what is no longer needed. Whatever a running program may still be looking
 //! at is reused or deleted only after a grace period.
 
 mod acl;
 mod diff;
+mod expedite;
 mod links;
 mod mirror;
 mod ports;
@@ -24,6 +25,7 @@ use crate::loader::Loaded;
 use crate::pins::Pins;
 use crate::{EngineError, MapWrites, SyncReport, syscall};
 
+pub(crate) use expedite::Expedited;
 pub(crate) use mirror::Mirror;
 
 /// One pass.
@@ -54,11 +56,12 @@ impl Pass<'_> {
         self.write_flood()?;
         let refused = self.write_devmap()?;
         self.write_port_of()?;
-        self.attach(&links, &refused, &mut report)?;
+        // Attaching many takes seconds (a grace period each), and what is attached already need not wait for it.
         if acl_changed || ports_changed {
             self.raise_epoch()?;
         }
         self.remove_ip_guard()?;
+        self.attach(&links, &refused, &mut report)?;
         self.remove_groups(groups)?;
         self.loaded.settle(self.pins)?;
 
