@@ -171,7 +171,7 @@ mod tests {
     fn each_kind_of_difference_is_found() {
         let config = Config::default();
         let mut ids = Ids::default();
-        ids.ports.assign(["vnic/a", "vnic/b"]);
+        ids.ports.assign(["vnic/a", "vnic/b"], PORTS_MAX);
         let (a, b) = (port_id(&ids, "vnic/a"), port_id(&ids, "vnic/b"));
         let outcome =
             Outcome { deliveries: [("vnic/b".to_owned(), Ok(vec![1, 2]))].into(), ..Outcome::default() };

@@ -162,8 +162,8 @@ fn vnic_spec(vnic: &Vnic) -> PortSpec {
 
 /// Numbers every name of the configuration: names that had a number keep it, names that are gone lose it.
 ///
-/// A number that was freed may be given to a new name at once. Whoever keeps state by number (counters, learnt
-/// addresses, buckets) must clear it when the name behind the number changes.
+/// A number that is freed rests until the next call, as long as there are others. Whoever keeps state by number
+/// (counters, learnt addresses, buckets) clears it when a number appears that was not there before.
 ///
 /// # Errors
 /// [`LowerError::TooMany`] if there are more names than numbers; `ids` is then unchanged.
@@ -183,12 +183,16 @@ pub fn assign_ids(config: &Config, ids: &mut Ids) -> Result<(), LowerError> {
     limit("ports", ports.len(), PORTS_MAX)?;
     limit("switches", switches.len(), SWITCHES_MAX)?;
     limit("ACL rules", rules.len(), RULES_MAX)?;
-    ids.ports.assign(ports.iter().map(String::as_str));
-    ids.switches.assign(switches);
-    ids.groups.assign(groups.iter().map(String::as_str));
-    ids.rules.assign(rules.iter().map(String::as_str));
+    ids.ports.assign(ports.iter().map(String::as_str), PORTS_MAX);
+    ids.switches.assign(switches, SWITCHES_MAX);
+    ids.groups.assign(groups.iter().map(String::as_str), GROUP_NUMBERS);
+    ids.rules.assign(rules.iter().map(String::as_str), RULES_MAX);
     Ok(())
 }
+
+/// Group numbers are keys of hash entries and need only leave room for the direction in
+/// [`RuleKey::group_direction`](sluice_pipeline::tables::RuleKey::group_direction).
+const GROUP_NUMBERS: u32 = 1 << 31;
 
 fn number(space: &IdSpace, kind: &'static str, name: &str) -> Result<u32, LowerError> {
     space.get(name).ok_or_else(|| LowerError::Unnumbered { kind, name: name.to_owned() })

@@ -191,6 +191,12 @@ impl Simulator {
         self.pass::<false>(ingress, bytes, TagPlace::Inline)
     }
 
+    /// Lends the tables themselves, as [`decide`] sees them; for callers that trace.
+    pub fn with_view<R>(&mut self, look: impl FnOnce(&View<'_, true>) -> R) -> R {
+        let Simulator { image, groups, tuples, rules, state, .. } = self;
+        look(&View::new(image, groups, tuples, rules, None, state))
+    }
+
     fn pass<const COMPLETE: bool>(&mut self, ingress: u32, bytes: &[u8], place: TagPlace) -> Run {
         let taken = match place {
             TagPlace::Inline => None,
