@@ -200,7 +200,7 @@ pub struct Policy {
     /// Addresses it may use; empty means any. Where an IPv6 address is given, the link-local addresses made from
     /// the vNIC's MACs (RFC 4291 appendix A) are allowed too, since neighbour discovery needs them.
     pub ip_guard: Vec<IpAddr>,
-    /// It may not serve DHCP.
+    /// It may not serve DHCP: neither send from a server's port nor to a client's.
     pub dhcp_guard: bool,
     /// It may not advertise routes.
     pub ra_guard: bool,
@@ -224,7 +224,8 @@ pub enum VlanMode {
     Untagged,
     /// One VLAN, untagged on the port.
     Access(VlanId),
-    /// Tagged VLANs of a set; untagged frames belong to `native`, if given (which need not be in the set).
+    /// Tagged VLANs of a set; untagged frames belong to `native`, if given (which need not be in the set, and is
+    /// accepted with its tag too).
     Trunk {
         /// The set; not empty.
         allowed: Vec<VlanRange>,

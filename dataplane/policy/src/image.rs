@@ -47,7 +47,7 @@ pub struct RuleImage {
     /// Index of its counters.
     pub counter: u32,
     /// From [`acl_action`](sluice_pipeline::tables::acl_action).
-    pub action: u8,
+    pub action: u32,
 }
 
 /// A group of rules.

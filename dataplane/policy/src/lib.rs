@@ -3,6 +3,9 @@
 //!
 //! Everything here is pure: no clock, no file, no socket. Data flows one way:
 //! [`config`] → [`validate`](mod@validate) → [`lower`](mod@lower) → [`image`]; and, apart from it, [`config`] → [`oracle`].
+//!
+//! The two meet only in tests and in `sluice trace`: [`generate`] makes cases, [`sim`] runs an image through the real
+//! pipeline, and [`conformance`] says whether an engine did what the oracle wants.
 
 #![forbid(unsafe_code)]
 

@@ -27,6 +27,12 @@ pub enum ParseError {
     Vlans(String),
 }
 
+/// A decimal number, spaces around it allowed, a sign not.
+fn number<T: FromStr>(text: &str) -> Option<T> {
+    let text = text.trim();
+    if text.bytes().all(|byte| byte.is_ascii_digit()) { text.parse().ok() } else { None }
+}
+
 /// A MAC address.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MacAddr(pub [u8; 6]);
@@ -58,7 +64,8 @@ impl FromStr for MacAddr {
         let mut bytes = [0; 6];
         let mut parts = text.split([':', '-']);
         for byte in &mut bytes {
-            let part = parts.next().filter(|part| part.len() == 2).ok_or_else(error)?;
+            let part =
+                parts.next().filter(|part| part.len() == 2 && !part.starts_with('+')).ok_or_else(error)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| error())?;
         }
         if parts.next().is_some() { Err(error()) } else { Ok(MacAddr(bytes)) }
@@ -132,9 +139,7 @@ impl FromStr for VlanRange {
     fn from_str(text: &str) -> Result<Self, ParseError> {
         let error = || ParseError::Vlans(text.to_owned());
         let (first, last) = text.split_once('-').unwrap_or((text, text));
-        let id = |part: &str| {
-            part.trim().parse::<u32>().ok().and_then(|vid| VlanId::new(vid).ok()).ok_or_else(error)
-        };
+        let id = |part: &str| number::<u32>(part).and_then(|vid| VlanId::new(vid).ok()).ok_or_else(error);
         VlanRange::new(id(first)?, id(last)?).ok_or_else(error)
     }
 }
@@ -180,7 +185,7 @@ impl FromStr for PortRange {
     fn from_str(text: &str) -> Result<Self, ParseError> {
         let error = || ParseError::Ports(text.to_owned());
         let (first, last) = text.split_once('-').unwrap_or((text, text));
-        let port = |part: &str| part.trim().parse::<u16>().map_err(|_| error());
+        let port = |part: &str| number::<u16>(part).ok_or_else(error);
         PortRange::new(port(first)?, port(last)?).ok_or_else(error)
     }
 }
@@ -255,10 +260,69 @@ impl FromStr for IpPrefix {
         };
         let address: IpAddr = address.parse().map_err(|_| error())?;
         let length = match length {
-            Some(length) => length.parse().map_err(|_| error())?,
+            Some(length) => number(length).ok_or_else(error)?,
             None if address.is_ipv4() => 32,
             None => 128,
         };
         IpPrefix::new(address, length)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_read_back_as_they_are_written() {
+        for text in ["02:00:00:00:00:0a", "ff:ff:ff:ff:ff:ff"] {
+            assert_eq!(text.parse::<MacAddr>().map(|mac| mac.to_string()).as_deref(), Ok(text));
+        }
+        for text in ["10.0.0.0/8", "0.0.0.0/0", "::/0", "2001:db8::/32", "2001:db8::1/128"] {
+            assert_eq!(text.parse::<IpPrefix>().map(|prefix| prefix.to_string()).as_deref(), Ok(text));
+        }
+        for text in ["10", "10-20", "1-4094"] {
+            assert_eq!(text.parse::<VlanRange>().map(|range| range.to_string()).as_deref(), Ok(text));
+        }
+        for text in ["0", "80", "8000-8080", "0-65535"] {
+            assert_eq!(text.parse::<PortRange>().map(|range| range.to_string()).as_deref(), Ok(text));
+        }
+        assert_eq!("10.0.0.1".parse::<IpPrefix>().map(IpPrefix::length), Ok(32));
+    }
+
+    #[test]
+    fn what_is_no_value_is_refused_with_a_remedy() {
+        for text in [
+            "",
+            "02:00:00:00:00",
+            "02:00:00:00:00:00:00",
+            "02:00:00:00:00:0g",
+            "2:0:0:0:0:1",
+            "+2:00:00:00:00:00",
+        ] {
+            assert_eq!(text.parse::<MacAddr>(), Err(ParseError::Mac(text.into())), "{text}");
+        }
+        for text in ["0", "4095", "20-10", "10-", "-10", "+10", "x", "1-2-3"] {
+            assert_eq!(text.parse::<VlanRange>(), Err(ParseError::Vlans(text.into())), "{text}");
+        }
+        for text in ["65536", "+80", "20-10", "", "http"] {
+            assert_eq!(text.parse::<PortRange>(), Err(ParseError::Ports(text.into())), "{text}");
+        }
+        for text in ["10.0.0.0/33", "::/129", "10.0.0", "10.0.0.0/", "10.0.0.0/-1"] {
+            assert!(matches!(text.parse::<IpPrefix>(), Err(ParseError::Prefix(_))), "{text}");
+        }
+        let error = "10.0.0.1/8".parse::<IpPrefix>().expect_err("host bits");
+        assert!(error.to_string().contains("10.0.0.0/8"), "{error}");
+    }
+
+    #[test]
+    fn prefixes_hold_addresses_of_their_family_only() {
+        let holds = |prefix: &str, ip: &str| {
+            let prefix: IpPrefix = prefix.parse().expect("a prefix");
+            prefix.contains(ip.parse().expect("an address"))
+        };
+        assert!(holds("0.0.0.0/0", "255.255.255.255") && holds("::/0", "ff02::1"));
+        assert!(!holds("0.0.0.0/0", "::ffff:10.0.0.1") && !holds("::/0", "10.0.0.1"));
+        assert!(holds("10.0.0.0/31", "10.0.0.1") && !holds("10.0.0.0/31", "10.0.0.2"));
+        assert!(holds("2001:db8::/127", "2001:db8::1") && !holds("2001:db8::/128", "2001:db8::1"));
     }
 }

@@ -120,7 +120,6 @@ impl Simulator {
                     rank: rule.rank,
                     counter: rule.counter,
                     action: rule.action,
-                    reserved: [0; 7],
                 };
                 (*key, RuleEntry { slots: [slot, RuleSlot::EMPTY] })
             }));

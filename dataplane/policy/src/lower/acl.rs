@@ -123,7 +123,6 @@ pub(super) fn port_acl(
         groups: [0; PORT_GROUPS_MAX],
         group_count: 0,
         default_action: lower_action(action),
-        reserved: [0; 3],
     });
     for key in &keys {
         let id = number(&ids.groups, "ACL group", key)?;
@@ -148,7 +147,7 @@ pub(super) fn port_acl(
     Ok(configs)
 }
 
-const fn lower_action(action: AclAction) -> u8 {
+const fn lower_action(action: AclAction) -> u32 {
     match action {
         AclAction::Allow => acl_action::ALLOW,
         AclAction::Deny => acl_action::DENY,

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use sluice_pipeline::tables::{
     AclConfig, IpGuardKey, MacKey, PORT_GROUPS_MAX, PORT_MACS_MAX, PortConfig, RATE_SHIFT, RateConfig,
-    TrunkBitmap, Vlan, acl_action, port_flag, port_kind, vlan_mode,
+    TrunkBitmap, Vlan, acl_action, mac_word, port_flag, port_kind, vlan_mode,
 };
 
 use crate::config::{Hook, Internal, Policy, Rate, Switch, Uplink, VlanMode, Vnic};
@@ -19,7 +19,6 @@ const OPEN: AclConfig = AclConfig {
     groups: [0; PORT_GROUPS_MAX],
     group_count: 0,
     default_action: acl_action::ALLOW,
-    reserved: [0; 3],
 };
 
 const UNLIMITED: RateConfig = RateConfig { ns_per_byte: 0, burst_ns: 0 };
@@ -37,7 +36,7 @@ const fn blank(kind: u8, switch: u32) -> PortConfig {
         mac_count: 0,
         reserved: 0,
         learn_limit: 0,
-        macs: [[0; 6]; PORT_MACS_MAX],
+        macs: [0; PORT_MACS_MAX],
         acl: [OPEN; 2],
         rate: [UNLIMITED; 2],
     }
@@ -74,7 +73,7 @@ pub(super) fn internal(switch: &Switch, internal: &Internal, switch_id: u32) -> 
     let mut config = blank(port_kind::INTERNAL, switch_id);
     config.flags = port_flag::UP;
     config.mac_count = 1;
-    config.macs[0] = internal_mac(switch, internal).0;
+    config.macs[0] = mac_word(internal_mac(switch, internal).0);
     let trunk = apply_vlan_mode(&mut config, &internal.vlan);
     PortImage {
         name: internal_port(&switch.name),
@@ -120,7 +119,7 @@ pub(super) fn vnic(vnic: &Vnic, switch: u32, acl: [AclConfig; 2]) -> PortImage {
 pub(super) fn bind(port: &mut PortImage, id: u32, bindings: &Bindings, image: &mut Image) {
     let config = &mut port.config;
     for mac in &config.macs[..usize::from(config.mac_count)] {
-        image.macs.insert(MacKey { switch: config.switch as u16, mac: *mac }, id);
+        image.macs.insert(MacKey::from_word(config.switch, *mac), id);
     }
     let Some(binding) = bindings.get(&port.name) else {
         return;
