@@ -6,7 +6,7 @@
 use crate::decide::Context;
 use crate::tables::{
     AclConfig, AclKey, AclVerdict, CACHE_SLOTS, Direction, LoopBody, NO_RULE, PORT_GROUPS_MAX, PortConfig,
-    RuleKey, TUPLE_CHUNK, TUPLES_MAX, Tables, TupleChunk, TupleKey, acl_action,
+    RuleKey, TUPLE_CHUNK, TUPLES_MAX, Tables, TupleChunk, TupleKey, Vlan, acl_action,
 };
 
 /// Identifier of a mask in [`RuleKey::tuple`].
@@ -50,7 +50,7 @@ pub fn classify<T: Tables>(tables: &T, acl: &AclConfig, direction: Direction, ke
         next_tuple: 0,
         tuple_count: 0,
         rank: 0,
-        verdict: AclVerdict { counter: NO_RULE, action: acl.default_action, reserved: [0; 3] },
+        verdict: AclVerdict { counter: NO_RULE, action: acl.default_action },
     };
     tables.repeat(PORT_GROUPS_MAX as u32 * (TUPLES_MAX + 1), &mut search);
     search.verdict
@@ -174,7 +174,7 @@ pub(crate) fn look_up<T: Tables>(
     }
 }
 
-const ALLOW: AclVerdict = AclVerdict { counter: NO_RULE, action: acl_action::ALLOW, reserved: [0; 3] };
+const ALLOW: AclVerdict = AclVerdict { counter: NO_RULE, action: acl_action::ALLOW };
 
 /// The verdicts of the rules of `ingress` (from-vm) and `egress` (to-vm), from one cache slot if they are there. Port 0
 /// stands for a port whose rules are not asked; its verdict in the context is left as it is.
@@ -212,7 +212,7 @@ pub fn acl_verdicts<T: Tables>(tables: &T, context: &mut Context, ingress: u32, 
         context.to_vm = classify(tables, acl, Direction::ToVm, &context.headers.key);
     }
     if let Some(cached) = tables.cache(slot) {
-        cached.key = context.headers.key;
+        cached.key = context.headers.key.masked(&EVERYTHING); // word by word: a copy would be a call
         cached.epoch = epoch;
         cached.ingress = ingress;
         cached.egress = egress;
@@ -220,6 +220,23 @@ pub fn acl_verdicts<T: Tables>(tables: &T, context: &mut Context, ingress: u32, 
         cached.to_vm = context.to_vm;
     }
 }
+
+const EVERYTHING: AclKey = AclKey {
+    src_ip: [0xff; 16],
+    dst_ip: [0xff; 16],
+    dst_mac: [0xff; 6],
+    src_mac: [0xff; 6],
+    ethertype: 0xffff,
+    vlan: Vlan(0xffff),
+    src_port: 0xffff,
+    dst_port: 0xffff,
+    proto: 0xff,
+    tcp_flags: 0xff,
+    icmp_type: 0xff,
+    icmp_code: 0xff,
+    facts: 0xff,
+    reserved: [0xff; 7],
+};
 
 /// Word by word and without a branch for each.
 #[inline(always)]

@@ -6,7 +6,7 @@ use crate::parse::{Frame, Headers, Tag, parse};
 use crate::reason::DropReason;
 use crate::tables::{
     AclVerdict, Direction, FLOOD_CHUNK, FLOOD_CHUNKS_MAX, FLOOD_TRUNKS, FLOOD_UNKNOWN, FdbKey, FloodChunk,
-    FloodKey, LoopBody, MacKey, NO_RULE, PortConfig, Tables, Vlan, acl_action, port_flag,
+    FloodKey, LoopBody, MacKey, NO_RULE, PortConfig, Tables, Vlan, acl_action, mac_word, port_flag,
 };
 use crate::vlan;
 
@@ -163,7 +163,12 @@ enum RouteKind {
     Unknown,
 }
 
-/// Takes a frame that came from `ingress` through all stages up to a known single destination.
+/// 01:80:c2:00:00:00 to 01:80:c2:00:00:0f.
+const RESERVED: u64 = mac_word([0x01, 0x80, 0xc2, 0, 0, 0]);
+const RESERVED_LOW: u64 = mac_word([0, 0, 0, 0, 0, 0x0f]);
+
+/// Takes a frame that came from `ingress` through all stages up to a known single destination. `context` must be as
+/// [`Context::default`] makes it.
 ///
 /// Drops are counted before returning. For [`Verdict::Flood`], the to-vm stages are [`flood`]'s.
 #[inline(always)]
@@ -244,14 +249,7 @@ pub fn decide<P: Packet, T: Tables>(
     }
 
     tables.stage(Stage::Forward);
-    let group = context.headers.key.dst_mac;
-    if group[0] == 0x01
-        && group[1] == 0x80
-        && group[2] == 0xc2
-        && group[3] == 0
-        && group[4] == 0
-        && group[5] < 16
-    {
+    if context.headers.key.dst_mac_word() & !RESERVED_LOW == RESERVED {
         return drop(ingress, DropReason::ReservedMulticast);
     }
     if port.flags & port_flag::LEARN != 0 {
@@ -278,14 +276,15 @@ pub fn decide<P: Packet, T: Tables>(
 fn route<'a, T: Tables>(tables: &'a T, context: &Context) -> Route<'a> {
     let mut route = Route { kind: RouteKind::Group, id: 0, slot: 0, port: None };
     let key = &context.headers.key;
-    if key.dst_mac[0] & 1 != 0 {
+    let destination = key.dst_mac_word();
+    if destination & 1 != 0 {
         return route;
     }
     route.kind = RouteKind::Unknown;
-    if let Some(id) = tables.vnic_mac(&MacKey { switch: context.switch as u16, mac: key.dst_mac }) {
+    if let Some(id) = tables.vnic_mac(&MacKey::from_word(context.switch, destination)) {
         route.id = id;
     } else if let Some(switch) = tables.switch(context.switch) {
-        let key = FdbKey { switch: context.switch, vlan: key.vlan, mac: key.dst_mac };
+        let key = FdbKey::from_word(context.switch, key.vlan, destination);
         if let Some(entry) = tables.fdb(&key)
             && tables.now_seconds().wrapping_sub(entry.seen) <= switch.ageing_seconds
         {
@@ -305,15 +304,15 @@ fn route<'a, T: Tables>(tables: &'a T, context: &Context) -> Route<'a> {
 /// Learns the source address, unless it is one of our own.
 #[inline(always)]
 fn learn<T: Tables>(tables: &T, context: &Context, limit: u32) {
-    let mac = context.headers.key.src_mac;
-    let key = FdbKey { switch: context.switch, vlan: context.headers.key.vlan, mac };
+    let mac = context.headers.key.src_mac_word();
+    let key = FdbKey::from_word(context.switch, context.headers.key.vlan, mac);
     if let Some(entry) = tables.fdb(&key)
         && entry.port == context.ingress
         && entry.seen == tables.now_seconds()
     {
         return;
     }
-    if tables.vnic_mac(&MacKey { switch: context.switch as u16, mac }).is_none() {
+    if tables.vnic_mac(&MacKey::from_word(context.switch, mac)).is_none() {
         tables.learn(&key, context.ingress, limit);
     }
 }

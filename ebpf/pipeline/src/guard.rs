@@ -2,7 +2,7 @@
 
 use crate::parse::{Frame, Headers, L3_WINDOW, ethertype, ip_proto, mapped};
 use crate::reason::DropReason;
-use crate::tables::{IpGuardKey, PORT_MACS_MAX, PortConfig, Tables, fact, port_flag};
+use crate::tables::{IpGuardKey, PORT_MACS_MAX, PortConfig, Tables, fact, mac_word, port_flag};
 
 /// ICMPv6 types of neighbour discovery (RFC 4861).
 mod nd {
@@ -16,9 +16,9 @@ mod nd {
 /// Most ND options looked at; a message with more is dropped where the IP guard is on.
 const ND_OPTIONS_MAX: u32 = 8;
 
-/// Whether `mac` is one of the port's own.
+/// Whether `mac`, a [`mac_word`], is one of the port's own.
 #[inline(always)]
-fn owns(port: &PortConfig, mac: [u8; 6]) -> bool {
+fn owns(port: &PortConfig, mac: u64) -> bool {
     let mut i = 0;
     while i < PORT_MACS_MAX {
         if i < port.mac_count as usize && port.macs[i] == mac {
@@ -32,8 +32,8 @@ fn owns(port: &PortConfig, mac: [u8; 6]) -> bool {
 /// Stage 3.
 #[inline(always)]
 pub(crate) fn mac(port: &PortConfig, headers: &Headers) -> Result<(), DropReason> {
-    let source = headers.key.src_mac;
-    if source[0] & 1 != 0 {
+    let source = headers.key.src_mac_word();
+    if source & 1 != 0 {
         return Err(DropReason::MulticastSource);
     }
     if port.flags & port_flag::MAC_GUARD != 0 && !owns(port, source) {
@@ -78,7 +78,7 @@ pub fn ip_guard<F: Frame, T: Tables>(
         let Some(sender) = frame.load::<10>(headers.l3 + 8) else {
             return Err(DropReason::IpGuardArp);
         };
-        let hardware = [sender[0], sender[1], sender[2], sender[3], sender[4], sender[5]];
+        let hardware = mac_word([sender[0], sender[1], sender[2], sender[3], sender[4], sender[5]]);
         if port.flags & port_flag::MAC_GUARD != 0 && !owns(port, hardware) {
             return Err(DropReason::IpGuardArp);
         }
@@ -158,7 +158,7 @@ fn ipv6<F: Frame, T: Tables>(
         if option[1] == 0 {
             return Err(DropReason::IpGuardNd);
         }
-        let address = [option[2], option[3], option[4], option[5], option[6], option[7]];
+        let address = mac_word([option[2], option[3], option[4], option[5], option[6], option[7]]);
         if option[0] == own_option && port.flags & port_flag::MAC_GUARD != 0 && !owns(port, address) {
             return Err(DropReason::IpGuardNd);
         }

@@ -74,6 +74,17 @@ pub trait Frame {
     fn length(&self) -> u32;
     /// `N` bytes from `offset`, or `None` if they reach past the end or past [`HEADER_WINDOW`].
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+    /// `N` times four bytes from `offset`, each four as they are in memory; as [`load`](Self::load) otherwise.
+    #[inline(always)]
+    fn load_words<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
+        let mut words = [0; N];
+        let mut i = 0;
+        while i < N {
+            words[i] = u32::from_ne_bytes(self.load::<4>(offset + 4 * i as u32)?);
+            i += 1;
+        }
+        Some(words)
+    }
     /// The outermost VLAN tag, if it is there and travels beside the bytes (the kernel takes it out of received frames).
     fn tag(&self) -> Tag;
 }
@@ -95,18 +106,24 @@ pub struct Headers {
     pub end: u32,
 }
 
-/// Parses a frame.
+/// Parses a frame into `out`, which must be as [`Headers::default`] makes it: fields that a packet lacks stay untouched.
 ///
 /// # Errors
 /// The `Malformed…`, `VlanDepth` or `TinyFragment` reason that applies first, from the outside in.
 #[inline(always)]
 pub fn parse<F: Frame>(frame: &F, out: &mut Headers) -> Result<(), DropReason> {
-    let Some(ethernet) = frame.load::<14>(0) else {
+    // One after the other: of a pair, the second would be undefined where the first is missing, for the BPF verifier.
+    let Some(addresses) = frame.load_words::<3>(0) else {
         return Err(DropReason::MalformedEthernet);
     };
-    out.key.dst_mac = [ethernet[0], ethernet[1], ethernet[2], ethernet[3], ethernet[4], ethernet[5]];
-    out.key.src_mac = [ethernet[6], ethernet[7], ethernet[8], ethernet[9], ethernet[10], ethernet[11]];
-    let mut ethertype = be16(ethernet[12], ethernet[13]);
+    let Some(after) = frame.load::<2>(12) else {
+        return Err(DropReason::MalformedEthernet);
+    };
+    let halves = out.key.halves_mut();
+    halves[8] = addresses[0];
+    halves[9] = addresses[1];
+    halves[10] = addresses[2];
+    let mut ethertype = be16(after[0], after[1]);
     let mut l3 = 14;
     let mut tag_count = 0;
     let beside = frame.tag();
@@ -157,6 +174,9 @@ pub(crate) const fn be16(high: u8, low: u8) -> u16 {
     u16::from_be_bytes([high, low])
 }
 
+/// The third word of `::ffff:a.b.c.d`.
+pub(crate) const MAPPED: u32 = 0xffff_0000;
+
 /// `::ffff:a.b.c.d`
 #[inline(always)]
 pub(crate) const fn mapped(ip: [u8; 4]) -> [u8; 16] {
@@ -180,15 +200,17 @@ fn parse_arp<F: Frame>(frame: &F, out: &mut Headers) -> Result<(), DropReason> {
 
 #[inline(always)]
 fn parse_ipv4<F: Frame>(frame: &F, out: &mut Headers) -> Result<(), DropReason> {
-    let Some(header) = frame.load::<20>(out.l3) else {
+    let Some(words) = frame.load_words::<5>(out.l3) else {
         return Err(DropReason::MalformedIpv4);
     };
-    let header_len = ((header[0] & 0x0f) as u32) * 4;
-    if header[0] >> 4 != 4 || header_len < 20 {
+    // As big-endian numbers: version, length and total; identifier and fragment; time to live, protocol and checksum.
+    let (first, second, third) = (u32::from_be(words[0]), u32::from_be(words[1]), u32::from_be(words[2]));
+    let header_len = (first >> 22) & 0x3c;
+    if first >> 28 != 4 || header_len < 20 {
         return Err(DropReason::MalformedIpv4);
     }
     let available = frame.length() - out.l3;
-    let mut total = be16(header[2], header[3]) as u32;
+    let mut total = first & 0xffff;
     if total == 0 && available > 0xffff {
         total = available; // BIG TCP: a super-frame too long for the field
     }
@@ -200,29 +222,32 @@ fn parse_ipv4<F: Frame>(frame: &F, out: &mut Headers) -> Result<(), DropReason> 
     }
     out.end = out.l3 + total;
     out.key.facts |= fact::IP;
-    out.key.proto = header[9];
-    out.key.src_ip = mapped([header[12], header[13], header[14], header[15]]);
-    out.key.dst_ip = mapped([header[16], header[17], header[18], header[19]]);
-    let fragment = be16(header[6], header[7]);
-    if fragment & 0x1fff != 0 {
+    out.key.proto = (third >> 16) as u8;
+    let halves = out.key.halves_mut();
+    halves[2] = MAPPED;
+    halves[3] = words[3];
+    halves[6] = MAPPED;
+    halves[7] = words[4];
+    if second & 0x1fff != 0 {
         // At offset 8 it would overwrite the flags of the first fragment (RFC 1858 section 4.2).
-        let overlaps = fragment & 0x1fff == 1 && out.key.proto == ip_proto::TCP;
+        let overlaps = second & 0x1fff == 1 && out.key.proto == ip_proto::TCP;
         return if overlaps { Err(DropReason::TinyFragment) } else { Ok(()) };
     }
     out.l4 = out.l3 + header_len;
-    parse_l4(frame, out, fragment & 0x2000 != 0)
+    parse_l4(frame, out, second & 0x2000 != 0)
 }
 
 #[inline(always)]
 fn parse_ipv6<F: Frame>(frame: &F, out: &mut Headers) -> Result<(), DropReason> {
-    let Some(header) = frame.load::<40>(out.l3) else {
+    let Some(words) = frame.load_words::<10>(out.l3) else {
         return Err(DropReason::MalformedIpv6);
     };
-    if header[0] >> 4 != 6 {
+    let (first, second) = (u32::from_be(words[0]), u32::from_be(words[1]));
+    if first >> 28 != 6 {
         return Err(DropReason::MalformedIpv6);
     }
     let available = frame.length() - out.l3 - 40;
-    let mut payload = be16(header[4], header[5]) as u32;
+    let mut payload = second >> 16;
     if payload == 0 && available > 0xffff {
         payload = available; // BIG TCP
     }
@@ -231,13 +256,13 @@ fn parse_ipv6<F: Frame>(frame: &F, out: &mut Headers) -> Result<(), DropReason> 
     }
     out.end = out.l3 + 40 + payload;
     out.key.facts |= fact::IP | fact::IPV6;
+    let halves = out.key.halves_mut();
     let mut i = 0;
-    while i < 16 {
-        out.key.src_ip[i] = header[8 + i];
-        out.key.dst_ip[i] = header[24 + i];
+    while i < 8 {
+        halves[i] = words[2 + i];
         i += 1;
     }
-    let mut next = header[6];
+    let mut next = (second >> 8) as u8;
     let mut at = 40u32; // from the start of the network header
     let mut more_fragments = false;
     let mut count = 0;
@@ -303,10 +328,13 @@ fn parse_l4<F: Frame>(frame: &F, out: &mut Headers, more_fragments: bool) -> Res
     }
     match out.key.proto {
         ip_proto::TCP => {
-            let Some(header) = frame.load::<14>(out.l4) else {
+            let Some(header) = frame.load::<4>(out.l4) else {
                 return Err(malformed);
             };
-            let header_len = ((header[12] >> 4) as u32) * 4;
+            let Some(after) = frame.load::<2>(out.l4 + 12) else {
+                return Err(malformed);
+            };
+            let header_len = ((after[0] >> 4) as u32) * 4;
             if header_len < 20 {
                 return Err(malformed);
             }
@@ -315,7 +343,7 @@ fn parse_l4<F: Frame>(frame: &F, out: &mut Headers, more_fragments: bool) -> Res
             }
             out.key.src_port = be16(header[0], header[1]);
             out.key.dst_port = be16(header[2], header[3]);
-            out.key.tcp_flags = header[13];
+            out.key.tcp_flags = after[1];
         }
         ip_proto::UDP => {
             let Some(header) = frame.load::<6>(out.l4) else {

@@ -126,9 +126,9 @@ pub enum Direction {
 /// What an ACL decides. Values of [`AclConfig::default_action`] and [`RuleSlot::action`].
 pub mod acl_action {
     /// Pass.
-    pub const ALLOW: u8 = 1;
+    pub const ALLOW: u32 = 1;
     /// Drop.
-    pub const DENY: u8 = 2;
+    pub const DENY: u32 = 2;
 }
 
 /// One direction of a port's ACL: the groups that apply and what happens when no rule matches.
@@ -140,9 +140,7 @@ pub struct AclConfig {
     /// How many groups apply; 0 means that the default decides alone.
     pub group_count: u32,
     /// From [`acl_action`].
-    pub default_action: u8,
-    /// Zero.
-    pub reserved: [u8; 3],
+    pub default_action: u32,
 }
 
 /// A token bucket's parameters, in the form of a virtual scheduler (GCRA).
@@ -185,13 +183,23 @@ pub struct PortConfig {
     pub reserved: u8,
     /// Most FDB entries that may be learnt from here.
     pub learn_limit: u32,
-    /// The port's own addresses. Each is also an entry of the static MAC table.
-    pub macs: [[u8; 6]; PORT_MACS_MAX],
+    /// The port's own addresses, as [`mac_word`] has them. Each is also an entry of the static MAC table.
+    pub macs: [u64; PORT_MACS_MAX],
     /// ACL, by [`Direction`].
     pub acl: [AclConfig; 2],
     /// Rates, by [`Direction`].
     pub rate: [RateConfig; 2],
 }
+
+/// A MAC address as a number: its bytes as they are in memory, and two zero bytes. Comparing words is what makes a guard
+/// cheap in BPF, which has no unaligned access to anything but packets.
+#[inline(always)]
+pub const fn mac_word(mac: [u8; 6]) -> u64 {
+    u64::from_le_bytes([mac[0], mac[1], mac[2], mac[3], mac[4], mac[5], 0, 0])
+}
+
+// The word-wise views below take the first byte in memory for the lowest.
+const _: () = assert!(cfg!(target_endian = "little"), "Sluice runs on little-endian machines");
 
 /// Most own addresses of one port.
 pub const PORT_MACS_MAX: usize = 4;
@@ -345,7 +353,42 @@ pub mod fact {
     pub const ARP: u8 = 1 << 3;
 }
 
+impl MacKey {
+    /// From a [`mac_word`].
+    #[inline(always)]
+    pub fn from_word(switch: u32, mac: u64) -> Self {
+        bytemuck::cast((switch as u64 & 0xffff) | mac << 16)
+    }
+}
+
+impl FdbKey {
+    /// From a [`mac_word`].
+    #[inline(always)]
+    pub fn from_word(switch: u32, vlan: Vlan, mac: u64) -> Self {
+        bytemuck::cast([switch, vlan.0 as u32 | (mac as u32) << 16, (mac >> 16) as u32])
+    }
+}
+
 impl AclKey {
+    /// The destination MAC as a [`mac_word`].
+    #[inline(always)]
+    pub fn dst_mac_word(&self) -> u64 {
+        self.words()[4] & 0xffff_ffff_ffff
+    }
+
+    /// The source MAC as a [`mac_word`].
+    #[inline(always)]
+    pub fn src_mac_word(&self) -> u64 {
+        let words = self.words();
+        words[4] >> 48 | (words[5] & 0xffff_ffff) << 16
+    }
+
+    /// The key as sixteen half words, for filling in: addresses are copied from packets four bytes at a time.
+    #[inline(always)]
+    pub fn halves_mut(&mut self) -> &mut [u32; 16] {
+        bytemuck::cast_mut(self)
+    }
+
     /// The key as eight words, for masking, comparing and hashing.
     #[inline(always)]
     pub fn words(&self) -> &[u64; 8] {
@@ -356,13 +399,16 @@ impl AclKey {
     #[inline(always)]
     pub fn masked(&self, mask: &AclKey) -> AclKey {
         let (a, b) = (self.words(), mask.words());
-        let mut out = [0u64; 8];
-        let mut i = 0;
-        while i < 8 {
-            out[i] = a[i] & b[i];
-            i += 1;
-        }
-        bytemuck::cast(out)
+        bytemuck::cast([
+            a[0] & b[0],
+            a[1] & b[1],
+            a[2] & b[2],
+            a[3] & b[3],
+            a[4] & b[4],
+            a[5] & b[5],
+            a[6] & b[6],
+            a[7] & b[7],
+        ])
     }
 }
 
@@ -444,15 +490,12 @@ pub struct RuleSlot {
     /// Index of its counters (below [`RULES_MAX`]).
     pub counter: u32,
     /// From [`acl_action`].
-    pub action: u8,
-    /// Zero.
-    pub reserved: [u8; 7],
+    pub action: u32,
 }
 
 impl RuleSlot {
     /// A slot that is never valid.
-    pub const EMPTY: RuleSlot =
-        RuleSlot { from: 0, until: 0, rank: 0, counter: 0, action: 0, reserved: [0; 7] };
+    pub const EMPTY: RuleSlot = RuleSlot { from: 0, until: 0, rank: 0, counter: 0, action: 0 };
 
     /// Whether it applies in this version of its group.
     #[inline(always)]
@@ -476,9 +519,7 @@ pub struct AclVerdict {
     /// Counter of the rule that matched, or [`NO_RULE`].
     pub counter: u32,
     /// From [`acl_action`].
-    pub action: u8,
-    /// Zero.
-    pub reserved: [u8; 3],
+    pub action: u32,
 }
 
 /// [`AclVerdict::counter`] when no rule matched and the default decided.

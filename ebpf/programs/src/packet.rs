@@ -34,6 +34,19 @@ impl Frame for Linear {
     }
 
     #[inline(always)]
+    fn load_words<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
+        if offset > HEADER_WINDOW - 4 * N as u32 {
+            return None;
+        }
+        let start = self.data + offset as usize;
+        if start + 4 * N > self.data_end {
+            return None;
+        }
+        // SAFETY: as in `load`; see `copy` for the alignment.
+        Some(unsafe { (start as *const [u32; N]).read() })
+    }
+
+    #[inline(always)]
     fn tag(&self) -> Tag {
         self.tag
     }
@@ -70,5 +83,21 @@ unsafe fn copy<const N: usize>(from: *const u8) -> [u8; N] {
             to.add(at).write(from.add(at).read());
         }
         out.assume_init()
+    }
+}
+
+/// Makes a value all zeros, by stores that the compiler leaves alone: it would make of them a call of a byte loop.
+///
+/// # Safety
+/// All zeros are a valid `T`, and its size and alignment are multiples of eight.
+#[inline(always)]
+pub unsafe fn clear<T>(value: &mut T) {
+    const { assert!(size_of::<T>() % 8 == 0 && align_of::<T>() == 8) };
+    let words = core::ptr::from_mut(value).cast::<u64>();
+    let mut at = 0;
+    while at < size_of::<T>() / 8 {
+        // SAFETY: within the value.
+        unsafe { words.add(at).write_volatile(0) };
+        at += 1;
     }
 }

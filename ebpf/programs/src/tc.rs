@@ -12,7 +12,7 @@ use sluice_pipeline::{
 };
 
 use crate::maps;
-use crate::packet::Linear;
+use crate::packet::{Linear, clear};
 use crate::tables::{Maps, count_tx};
 
 const TABLES: Maps<true> = Maps;
@@ -28,9 +28,11 @@ pub fn ingress(ctx: &TcContext) -> i32 {
     let Some(context) = maps::SCRATCH.get_ptr_mut(0) else {
         return TC_ACT_SHOT;
     };
-    // SAFETY: per-CPU element, and programs on one CPU do not nest.
-    let context = unsafe { &mut *context };
-    *context = Context::default();
+    // SAFETY: per-CPU element, and programs on one CPU do not nest; zeros are the default.
+    let context = unsafe {
+        clear(&mut *context);
+        &mut *context
+    };
 
     let window = if length < HEADER_WINDOW { length } else { HEADER_WINDOW };
     if ctx.data() + window as usize > ctx.data_end() && ctx.pull_data(window).is_err() {

@@ -10,7 +10,7 @@ use sluice_pipeline::{
 };
 
 use crate::maps;
-use crate::packet::Linear;
+use crate::packet::{Linear, clear};
 use crate::tables::{Maps, count_tx};
 
 const TABLES: Maps<false> = Maps;
@@ -25,9 +25,11 @@ pub fn ingress(ctx: &XdpContext) -> u32 {
     let Some(context) = maps::SCRATCH.get_ptr_mut(0) else {
         return XDP_DROP;
     };
-    // SAFETY: per-CPU element, and programs on one CPU do not nest.
-    let context = unsafe { &mut *context };
-    *context = Context::default();
+    // SAFETY: per-CPU element, and programs on one CPU do not nest; zeros are the default.
+    let context = unsafe {
+        clear(&mut *context);
+        &mut *context
+    };
 
     let window = if length < HEADER_WINDOW { length } else { HEADER_WINDOW };
     let (data, data_end) = (ctx.data(), ctx.data_end());
@@ -116,8 +118,10 @@ fn rewrite(ctx: &XdpContext, context: &Context, delivery: &Delivery) -> Result<(
         let at = bytes::<16>(ctx)?;
         // SAFETY: checked by `bytes`; read before written.
         unsafe {
-            let addresses = at.cast::<[u32; 3]>().read_unaligned();
-            at.add(4).cast::<[u32; 3]>().write_unaligned(addresses);
+            let [a, b, c] = at.cast::<[u32; 3]>().read();
+            at.add(4).cast::<u32>().write(a);
+            at.add(8).cast::<u32>().write(b);
+            at.add(12).cast::<u32>().write(c);
         }
         return adjust_head(ctx, 4);
     }
@@ -126,8 +130,10 @@ fn rewrite(ctx: &XdpContext, context: &Context, delivery: &Delivery) -> Result<(
         let at = bytes::<16>(ctx)?;
         // SAFETY: checked by `bytes`; read before written.
         unsafe {
-            let addresses = at.add(4).cast::<[u32; 3]>().read_unaligned();
-            at.cast::<[u32; 3]>().write_unaligned(addresses);
+            let [a, b, c] = at.add(4).cast::<[u32; 3]>().read();
+            at.cast::<u32>().write(a);
+            at.add(4).cast::<u32>().write(b);
+            at.add(8).cast::<u32>().write(c);
             write_tag(at, tag);
         }
     }
@@ -153,7 +159,7 @@ fn bytes<const N: usize>(ctx: &XdpContext) -> Result<*mut u8, ()> {
 unsafe fn write_tag(frame: *mut u8, tag: Tag) {
     // SAFETY: bytes 12 to 15.
     unsafe {
-        frame.add(12).cast::<u16>().write_unaligned(tag.tpid.to_be());
-        frame.add(14).cast::<u16>().write_unaligned(tag.tci.to_be());
+        frame.add(12).cast::<u16>().write(tag.tpid.to_be());
+        frame.add(14).cast::<u16>().write(tag.tci.to_be());
     }
 }

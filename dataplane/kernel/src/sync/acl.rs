@@ -84,7 +84,6 @@ fn slot(rule: &RuleImage, from: u32) -> RuleSlot {
         rank: rule.rank,
         counter: rule.counter,
         action: rule.action,
-        reserved: [0; 7],
     }
 }
 

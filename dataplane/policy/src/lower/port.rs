@@ -15,11 +15,8 @@ use crate::net::{MacAddr, VlanId, VlanRange};
 /// Addresses learnt from a trunk vNIC that may spoof, unless its policy says otherwise.
 const TRUNK_LEARN_LIMIT: u32 = 256;
 
-const OPEN: AclConfig = AclConfig {
-    groups: [0; PORT_GROUPS_MAX],
-    group_count: 0,
-    default_action: acl_action::ALLOW,
-};
+const OPEN: AclConfig =
+    AclConfig { groups: [0; PORT_GROUPS_MAX], group_count: 0, default_action: acl_action::ALLOW };
 
 const UNLIMITED: RateConfig = RateConfig { ns_per_byte: 0, burst_ns: 0 };
 
@@ -99,7 +96,7 @@ pub(super) fn vnic(vnic: &Vnic, switch: u32, acl: [AclConfig; 2]) -> PortImage {
     let learns = config.learn_limit > 0;
     set(&mut config, port_flag::LEARN, learns);
     for (slot, mac) in config.macs.iter_mut().zip(macs(vnic)) {
-        *slot = mac.0;
+        *slot = mac_word(mac.0);
         config.mac_count += 1;
     }
     config.acl = acl;
