@@ -144,6 +144,7 @@ impl Attachments {
         }
         let fd = syscall::link_create(program.fd(), ifindex, kind)?;
         let path = pins.link(port, kind);
+        fs::create_dir_all(pins.links())?; // somebody may have deleted it
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}

@@ -1,6 +1,6 @@
 //! The engine: the one owner of the maps, programs and links of a host.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use sluice_pipeline::DropReason;
@@ -14,7 +14,7 @@ use crate::loader::{self, Loaded};
 use crate::pins::Pins;
 use crate::report::{AdoptReport, FdbRow, FdbSweep, MapWrites, MapsOutcome, Observation, SyncReport};
 use crate::sync::{Expedited, Mirror, Pass};
-use crate::{EngineError, LiveTables, internal, observe, stats};
+use crate::{EngineError, LiveTables, internal, observe, promisc, stats};
 
 /// How to open an engine.
 #[derive(Clone, Debug)]
@@ -201,6 +201,7 @@ impl Engine {
             self.attachments.detach_port(&port, &self.pins)?;
         }
         internal::ensure(&[])?;
+        promisc::reconcile(&BTreeSet::new(), &Links::read()?, &self.pins)?;
         self.pins.remove_all()
     }
 }

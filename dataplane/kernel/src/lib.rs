@@ -27,6 +27,7 @@ mod object;
 mod observe;
 mod peer;
 mod pins;
+mod promisc;
 mod report;
 mod stats;
 mod sync;

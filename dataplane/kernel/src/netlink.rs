@@ -5,8 +5,8 @@
 use std::io;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload, NetlinkSerializable,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 use netlink_sys::{Socket, SocketAddr};
 
@@ -31,6 +31,9 @@ impl Connection {
     }
 
     /// Asks for a list. Messages that cannot be decoded are left out, with a warning.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Interrupted`] if what is listed changed meanwhile, so that something may be missing.
     pub(crate) fn dump<T>(&mut self, message: T) -> io::Result<Vec<T>>
     where
         T: NetlinkSerializable + NetlinkDeserializable + std::fmt::Debug,
@@ -61,6 +64,7 @@ impl Connection {
         self.socket.send(&bytes, 0)?;
 
         let mut answers = Vec::new();
+        let mut interrupted = false;
         let mut buffer = Vec::with_capacity(BUFFER);
         loop {
             buffer.clear();
@@ -73,15 +77,21 @@ impl Connection {
                 }
                 match NetlinkMessage::<T>::deserialize(&rest[..length]) {
                     Ok(message) if message.header.sequence_number != self.sequence => {}
-                    Ok(message) => match message.payload {
-                        NetlinkPayload::Done(_) => return Ok(answers),
-                        NetlinkPayload::Error(error) => match error.code {
-                            None => return Ok(answers),
-                            Some(code) => return Err(io::Error::from_raw_os_error(-code.get())),
-                        },
-                        NetlinkPayload::InnerMessage(inner) => answers.push(inner),
-                        _ => {}
-                    },
+                    Ok(message) => {
+                        interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
+                        match message.payload {
+                            NetlinkPayload::Done(_) if interrupted => {
+                                return Err(io::ErrorKind::Interrupted.into());
+                            }
+                            NetlinkPayload::Done(_) => return Ok(answers),
+                            NetlinkPayload::Error(error) => match error.code {
+                                None => return Ok(answers),
+                                Some(code) => return Err(io::Error::from_raw_os_error(-code.get())),
+                            },
+                            NetlinkPayload::InnerMessage(inner) => answers.push(inner),
+                            _ => {}
+                        }
+                    }
                     Err(error) => tracing::warn!(%error, "a netlink message could not be decoded"),
                 }
                 rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();

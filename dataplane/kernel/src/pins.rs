@@ -5,6 +5,7 @@
 //! PIN_DIR/maps-new/NAME     maps of another layout, while the first sync fills them
 //! PIN_DIR/progs/NAME        the programs
 //! PIN_DIR/links/PORT-HOOK   the links; PORT is escaped, as a bpffs knows neither `/` nor `.` in names
+//! PIN_DIR/promisc/IFINDEX   an empty directory per interface that we made promiscuous
 //! ```
 
 use std::fs::{self, File};
@@ -79,6 +80,10 @@ impl Pins {
 
     pub(crate) fn links(&self) -> PathBuf {
         self.root.join("links")
+    }
+
+    pub(crate) fn promiscuous(&self) -> PathBuf {
+        self.root.join("promisc")
     }
 
     pub(crate) fn link(&self, port: &str, kind: LinkKind) -> PathBuf {

@@ -134,6 +134,37 @@ fn the_host_reaches_a_guest_through_an_internal_port() {
 }
 
 #[test]
+fn a_wire_is_promiscuous_while_it_is_an_uplink() {
+    in_lab(|lab| {
+        ip("link add br7 type bridge"); // as near to a wire as every kernel has
+        ip("link set br7 up");
+        let is_promiscuous = || {
+            let output =
+                Command::new("ip").args(["link", "show", "br7"]).output().expect("`ip` is installed");
+            String::from_utf8_lossy(&output.stdout).contains("PROMISC")
+        };
+        let mut with = config(vec![]);
+        with.switches[0].uplink = Some(uplink("br7"));
+        let (mut engine, _) = lab.open();
+        assert!(!is_promiscuous());
+        let report = lab.sync(&mut engine, &with);
+        assert!(is_promiscuous());
+        assert_eq!(report.ports["uplink/blue"].state, PortState::Attached);
+        assert_eq!(lab.sync(&mut engine, &with).link_changes, Vec::<String>::new());
+        drop(engine);
+        let (mut engine, _) = lab.open();
+        lab.sync(&mut engine, &config(vec![]));
+        assert!(!is_promiscuous());
+
+        // What somebody else set is left alone.
+        ip("link set br7 promisc on");
+        lab.sync(&mut engine, &with);
+        engine.detach_all().expect("everything can be removed");
+        assert!(is_promiscuous());
+    });
+}
+
+#[test]
 fn learnt_addresses_age_and_go_with_their_port() {
     in_lab(|lab| {
         let (guest, _outside) = (lab.guest("p1", 1), lab.guest("up0", 2));

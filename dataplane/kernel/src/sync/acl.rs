@@ -78,13 +78,7 @@ fn plan_removal(id: u32, have: &GroupMirror) -> GroupPlan {
 }
 
 fn slot(rule: &RuleImage, from: u32) -> RuleSlot {
-    RuleSlot {
-        from,
-        until: u32::MAX,
-        rank: rule.rank,
-        counter: rule.counter,
-        action: rule.action,
-    }
+    RuleSlot { from, until: u32::MAX, rank: rule.rank, counter: rule.counter, action: rule.action }
 }
 
 fn means(slot: &RuleSlot, rule: &RuleImage) -> bool {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
+use sluice_pipeline::tables::port_kind;
 use sluice_policy::image::PortImage;
 
 use super::Pass;
@@ -11,7 +12,7 @@ use crate::attach::Attached;
 use crate::hook::{self, Choice};
 use crate::links::{Link, Links};
 use crate::syscall::LinkKind;
-use crate::{EngineError, HooksInUse, PortState, PortStatus, SyncReport};
+use crate::{EngineError, HooksInUse, PortState, PortStatus, SyncReport, promisc};
 
 impl Pass<'_> {
     /// Gives links to ports that took an interface over, and detaches those of ports that are gone or pending.
@@ -69,6 +70,24 @@ impl Pass<'_> {
             };
             report.ports.insert(port.name.clone(), status);
         }
+        Ok(())
+    }
+
+    /// Lets uplinks that are wires receive what is for the VMs.
+    pub(super) fn make_promiscuous(
+        &mut self,
+        links: &Links,
+        report: &mut SyncReport,
+    ) -> Result<(), EngineError> {
+        let wanted = self
+            .image
+            .ports
+            .values()
+            .filter(|port| port.config.kind == port_kind::UPLINK)
+            .filter(|port| links.by_ifindex(port.config.ifindex).is_some_and(promisc::is_needed))
+            .map(|port| port.config.ifindex)
+            .collect();
+        report.link_changes.extend(promisc::reconcile(&wanted, links, self.pins)?);
         Ok(())
     }
 
