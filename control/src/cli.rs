@@ -3,7 +3,7 @@
 //! Exit codes: 0 done, 1 refused or failed (also: a trace whose two sides differ, a doctor who found a problem), 2 wrong
 //! usage.
 
-mod client;
+pub(crate) mod client;
 mod commands;
 mod input;
 mod output;

@@ -26,6 +26,8 @@ use crate::store::{Origin, State, Store};
 
 pub use change::Outcome;
 
+/// Repairs that are noted one by one.
+const REPAIRS_SHOWN: usize = 4;
 /// How often a pass may start over because attaching changed what interfaces accept.
 const ROUNDS_MAX: usize = 3;
 
@@ -220,15 +222,22 @@ impl Core {
         }
         if !self.untouched {
             match self.engine.repair() {
-                Ok(repaired) => {
-                    for line in repaired {
-                        self.events.note(Severity::Warning, line);
-                    }
-                }
+                Ok(repaired) => self.note_repairs(repaired),
                 Err(error) => self.events.note(Severity::Error, format!("repair failed: {error}")),
             }
         }
         self.pass();
+    }
+
+    /// Notes what was repaired: a deleted pin directory is one event, not one for each pin.
+    fn note_repairs(&mut self, mut repaired: Vec<String>) {
+        let rest = repaired.split_off(repaired.len().min(REPAIRS_SHOWN));
+        for line in repaired {
+            self.events.note(Severity::Warning, line);
+        }
+        if !rest.is_empty() {
+            self.events.note(Severity::Warning, format!("and {} repairs like these", rest.len()));
+        }
     }
 
     /// Forgets learnt addresses that are too old.

@@ -5,23 +5,19 @@
 mod paths;
 mod privileges;
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
 use clap::Parser;
 use sluice_kernel::{Engine, EngineError, EngineOptions, LinkMonitor};
-use sluice_proto::FILE_DESCRIPTOR_SET;
-use sluice_proto::v1::sluice_server::SluiceServer;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_stream::wrappers::UnixListenerStream;
-use tonic::transport::Server;
 
 use crate::core::Core;
 use crate::engine::KernelEngine;
 use crate::reconcile::{self, Handle, StartError};
-use crate::server::{self, Api, Identity, MESSAGE_MAX, SocketError};
+use crate::server::{self, Api, Identity, ServeError, SocketError};
 use crate::store::{Store, StoreError};
 
 pub use paths::{Paths, PathsError};
@@ -77,11 +73,8 @@ pub enum DaemonError {
         source: io::Error,
     },
     /// The server ended.
-    #[error("server: {0}")]
-    Server(#[from] tonic::transport::Error),
-    /// Reflection.
-    #[error("reflection: {0}")]
-    Reflection(#[from] tonic_reflection::server::Error),
+    #[error(transparent)]
+    Server(#[from] ServeError),
 }
 
 fn io_error(operation: &'static str) -> impl FnOnce(io::Error) -> DaemonError {
@@ -123,7 +116,8 @@ pub fn run(args: &Args) -> Result<(), DaemonError> {
 fn init_log(filter: Option<&str>) {
     let filter =
         std::env::var("SLUICE_LOG").ok().or(filter.map(str::to_owned)).unwrap_or_else(|| "info".to_owned());
-    let format = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+    let format = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let format = format.with_target(false).with_ansi(io::stderr().is_terminal());
     // Fails only if a log is there already, as in tests.
     let _ = format.try_init();
 }
@@ -176,24 +170,11 @@ async fn serve_until_signal(args: &Args, paths: &Paths, handle: Handle) -> Resul
         pin_dir: paths.pin_dir.clone(),
         socket: args.socket.clone(),
     };
-    let api = SluiceServer::new(Api::new(handle, identity))
-        .max_decoding_message_size(MESSAGE_MAX)
-        .max_encoding_message_size(MESSAGE_MAX);
-    let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_serving::<SluiceServer<Api>>().await;
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let server = Server::builder()
-        .add_service(health_service)
-        .add_service(reflection)
-        .add_service(api)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
-            // Either a signal came or this function ended; both mean stop.
-            let _ = stopped.await;
-        });
+    let server = server::serve(listener, Api::new(handle, identity), async {
+        // Either a signal came or this function ended; both mean stop.
+        let _ = stopped.await;
+    });
     tokio::pin!(server);
     tracing::info!("serving on {}", args.socket.display());
     // There may be no service manager to hear it.

@@ -9,9 +9,13 @@ use std::path::PathBuf;
 use std::pin::Pin;
 
 use sluice_pipeline::tables::LAYOUT_VERSION;
+use sluice_proto::FILE_DESCRIPTOR_SET;
 use sluice_proto::v1;
-use sluice_proto::v1::sluice_server::Sluice;
+use sluice_proto::v1::sluice_server::{Sluice, SluiceServer};
+use tokio::net::UnixListener;
 use tokio_stream::Stream;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
 use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 
@@ -53,6 +57,38 @@ impl Api {
     pub fn new(handle: Handle, identity: Identity) -> Api {
         Api { handle, identity }
     }
+}
+
+/// Why the server ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The transport.
+    #[error("server: {0}")]
+    Transport(#[from] tonic::transport::Error),
+    /// Reflection.
+    #[error("reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// Serves the API, with health and reflection, until `stop` is done and every request is answered.
+///
+/// # Errors
+/// [`ServeError`].
+pub async fn serve(
+    listener: UnixListener,
+    api: Api,
+    stop: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    let api =
+        SluiceServer::new(api).max_decoding_message_size(MESSAGE_MAX).max_encoding_message_size(MESSAGE_MAX);
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<SluiceServer<Api>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let server = Server::builder().add_service(health_service).add_service(reflection).add_service(api);
+    Ok(server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop).await?)
 }
 
 fn actor<T>(request: &Request<T>) -> String {
@@ -171,3 +207,6 @@ impl Sluice for Api {
         }))
     }
 }
+
+#[cfg(test)]
+mod tests;

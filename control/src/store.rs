@@ -148,8 +148,11 @@ impl Store {
                 None => (State::default(), Origin::Nowhere),
             },
         };
-        if origin == Origin::RuntimeCopy {
-            store.write(&State::default(), &state, None)?;
+        match origin {
+            Origin::RuntimeCopy => store.write(&State::default(), &state, None)?,
+            Origin::StateDir => store.copy.write(&state)?,
+            // Nothing is written for nothing: the next start must find as little as this one.
+            Origin::Nowhere => {}
         }
         Ok((store, state, origin))
     }
@@ -181,7 +184,7 @@ impl Store {
     /// # Errors
     /// If it cannot be written.
     pub fn ensure_copy(&mut self, state: &State) -> Result<bool, StoreError> {
-        if self.copy.exists() {
+        if self.copy.exists() || state.revision == 0 {
             return Ok(false);
         }
         self.copy.write(state).map(|()| true)
@@ -197,11 +200,15 @@ impl Store {
         }
         if let Some(dir) = self.path.parent() {
             fs::create_dir_all(dir).map_err(StoreError::io("making", dir))?;
-            self._locks[0] = DirLock::take(dir)?;
+            if !lock::exists(dir) {
+                self._locks[0] = DirLock::take(dir)?;
+            }
         }
         self.database = create(&self.path)?;
         self.identity = identity(&self.path)?;
-        self.write(&State::default(), state, None)?;
+        if state.revision > 0 {
+            self.write(&State::default(), state, None)?;
+        }
         Ok(true)
     }
 

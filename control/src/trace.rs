@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use sluice_kernel::FdbRow;
 use sluice_pipeline::{DropReason, Stage, Vlan};
 use sluice_policy::config::Config;
+use sluice_policy::conformance;
 use sluice_policy::ids::Ids;
 use sluice_policy::net::VlanId;
 use sluice_policy::oracle::{self, Domain, Outcome, Sighting, Station};
@@ -91,7 +92,9 @@ pub fn compare(
         .iter()
         .filter_map(|(port, delivery)| Some((port.clone(), delivery.as_ref().ok()?)))
         .collect();
-    let agree = sent == wanted && stages.iter().all(|stage| stage.agree);
+    let whole = conformance::compare(around.config, around.ids, ingress, &outcome, &live.observed());
+    let row = stages.iter().find(|stage| !stage.agree).map(|stage| format!("at {}", stage.stage));
+    let difference = whole.err().or(row);
     let drops = outcome
         .deliveries
         .iter()
@@ -104,7 +107,8 @@ pub fn compare(
     v1::TraceResponse {
         oracle_verdict: verdict(&wanted, oracle_drops),
         live_verdict: verdict(&sent, live_drops),
-        agree,
+        agree: difference.is_none(),
+        difference: difference.unwrap_or_default(),
         summary: outcome
             .steps
             .iter()

@@ -15,7 +15,7 @@ use crate::server::MESSAGE_MAX;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum CliError {
+pub(crate) enum CliError {
     /// Nobody listens.
     #[error("no daemon answers on {path} ({source}): start sluiced, or name its socket by --socket")]
     Unreachable { path: PathBuf, source: io::Error },
@@ -24,7 +24,7 @@ pub(super) enum CliError {
     Refused(Box<tonic::Status>),
     /// A file is not a configuration.
     #[error("{path}: {source}")]
-    Read { path: String, source: ReadError },
+    Read { path: String, source: Box<ReadError> },
     /// A file cannot be read.
     #[error("{path}: {source}")]
     File { path: String, source: io::Error },
@@ -40,7 +40,7 @@ pub(super) enum CliError {
 }
 
 impl CliError {
-    pub(super) fn exit_code(&self) -> u8 {
+    pub(crate) fn exit_code(&self) -> u8 {
         match self {
             CliError::Usage(_) => 2,
             CliError::Unreachable { .. }
@@ -59,7 +59,8 @@ impl From<tonic::Status> for CliError {
     }
 }
 
-pub(super) async fn connect(socket: &Path) -> Result<SluiceClient<Channel>, CliError> {
+/// Connects to the socket.
+pub(crate) async fn channel(socket: &Path) -> Result<Channel, CliError> {
     let unreachable = |source| CliError::Unreachable { path: socket.to_owned(), source };
     // Tried first by itself: the channel below hides why a connection failed.
     UnixStream::connect(socket).await.map_err(unreachable)?;
@@ -70,7 +71,12 @@ pub(super) async fn connect(socket: &Path) -> Result<SluiceClient<Channel>, CliE
     });
     // The name is that of no host: the connector ignores it.
     let channel = Endpoint::from_static("http://sluiced").connect_with_connector(connector).await;
-    let channel = channel.map_err(|error| unreachable(io::Error::other(error)))?;
+    channel.map_err(|error| unreachable(io::Error::other(error)))
+}
+
+/// Connects to the daemon.
+pub(crate) async fn connect(socket: &Path) -> Result<SluiceClient<Channel>, CliError> {
+    let channel = channel(socket).await?;
     Ok(SluiceClient::new(channel)
         .max_decoding_message_size(MESSAGE_MAX)
         .max_encoding_message_size(MESSAGE_MAX))

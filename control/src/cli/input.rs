@@ -17,7 +17,8 @@ pub(super) fn read_files(files: &[PathBuf]) -> Result<v1::Config, CliError> {
     for file in files {
         let name = file.display().to_string();
         let text = read_text(file).map_err(|source| CliError::File { path: name.clone(), source })?;
-        let part = json::read_config(&text).map_err(|source| CliError::Read { path: name, source })?;
+        let part = json::read_config(&text)
+            .map_err(|source| CliError::Read { path: name, source: source.into() })?;
         whole.switches.extend(part.switches);
         whole.acl_groups.extend(part.acl_groups);
         whole.vnics.extend(part.vnics);

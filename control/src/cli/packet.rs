@@ -59,7 +59,7 @@ pub fn from_hex(text: &str) -> Result<Vec<u8>, PacketError> {
         .split(|c: char| c == ':' || c == '-' || c.is_whitespace())
         .map(|part| part.strip_prefix("0x").unwrap_or(part))
         .collect();
-    if digits.is_empty() || digits.len() % 2 != 0 || !digits.is_ascii() {
+    if digits.is_empty() || !digits.len().is_multiple_of(2) || !digits.is_ascii() {
         return Err(error());
     }
     let bytes = (0..digits.len()).step_by(2).map(|at| u8::from_str_radix(&digits[at..at + 2], 16));

@@ -272,6 +272,7 @@ pub(super) fn trace(output: &Output, port: &str, answer: &v1::TraceResponse) -> 
         let text = "THE LIVE TABLES DO NOT DO WHAT THE POLICY SAYS. This is a bug, or somebody changed the tables: \
                     run `sluice doctor`, keep this output, and report it.";
         output.line(&output.paint(Tone::Bad, text));
+        output.line(&format!("they differ in: {}", answer.difference));
     }
     Ok(())
 }
@@ -312,11 +313,13 @@ fn branch(output: &Output, finding: &v1::Finding, depth: usize) {
 }
 
 pub(super) fn version(output: &Output, answer: &v1::GetVersionResponse) -> Result<bool, CliError> {
+    let own = env!("CARGO_PKG_VERSION");
     if !output.is_table() {
-        output.message(answer, "GetVersionResponse")?;
+        let daemon = crate::json::to_json_with_defaults(answer, "sluice.v1.GetVersionResponse");
+        output.value(&serde_json::json!({"client": {"version": own}, "daemon": daemon}))?;
         return Ok(true);
     }
-    output.line(&format!("sluice  {}", env!("CARGO_PKG_VERSION")));
+    output.line(&format!("sluice  {own}"));
     output.line(&format!(
         "sluiced {} (pid {}, instance {}, revision {}, table layout {})",
         answer.version, answer.pid, answer.instance, answer.revision, answer.layout

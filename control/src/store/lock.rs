@@ -17,6 +17,11 @@ pub(super) struct DirLock {
     _file: Flock<File>,
 }
 
+/// Whether the directory has a lock file, held or not.
+pub(super) fn exists(dir: &Path) -> bool {
+    dir.join(FILE).exists()
+}
+
 impl DirLock {
     pub(super) fn take(dir: &Path) -> Result<DirLock, StoreError> {
         let path = dir.join(FILE);

@@ -7,6 +7,7 @@ use sluice_pipeline::tables::{
     RateConfig, RuleEntry, RuleKey, SwitchConfig, TupleChunk, TupleKey,
 };
 use sluice_pipeline::{Context, Delivery, DropReason, LoopBody, Sink, Stage, Tables, Verdict, decide, flood};
+use sluice_policy::conformance::Observed;
 use sluice_policy::sim::{SliceFrame, rewrite};
 
 /// Something that happened on the way.
@@ -33,6 +34,24 @@ pub struct LiveTrace {
     pub steps: Vec<Step>,
     /// Frames that would have left: port and bytes.
     pub frames: Vec<(u32, Vec<u8>)>,
+}
+
+impl LiveTrace {
+    /// What can be compared with the oracle. Learning is left out: an address that was seen in this very second is not
+    /// noted again.
+    pub fn observed(&self) -> Observed {
+        let mut observed = Observed { frames: self.frames.clone(), ..Observed::default() };
+        let mut rules = Vec::new();
+        for step in &self.steps {
+            match step {
+                Step::Drop(port, reason) => *observed.drops.entry((*port, *reason)).or_default() += 1,
+                Step::Rule(counter) => rules.push(*counter),
+                Step::Enter(..) | Step::Learn | Step::Out(_) | Step::OverRate(..) => {}
+            }
+        }
+        observed.rules = Some(rules);
+        observed
+    }
 }
 
 /// Takes a frame from port `ingress` through the pipeline over `tables`, without any side effect on them: `tables` is
@@ -89,7 +108,10 @@ impl<T: Tables> Tables for Recorder<'_, T> {
     const COMPLETE: bool = true;
 
     fn port(&self, port: u32) -> Option<(&PortConfig, u32)> {
-        self.asked.set(port);
+        // The ingress port may be asked for again on the way, and is never a destination.
+        if port != self.ingress {
+            self.asked.set(port);
+        }
         self.tables.port(port)
     }
     fn trunk_allows(&self, slot: u32, vid: u16) -> bool {
