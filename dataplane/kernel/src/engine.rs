@@ -31,8 +31,9 @@ pub struct Engine {
     pins: Pins,
     loaded: Loaded,
     attachments: Attachments,
-    /// `None` after a failed sync: to be read again.
-    mirror: Option<Mirror>,
+    mirror: Mirror,
+    /// A sync failed half-way, so the mirror is to be read again.
+    is_mirror_stale: bool,
 }
 
 impl Engine {
@@ -55,7 +56,7 @@ impl Engine {
             links: attachments.ports(),
             dead_links,
         };
-        Ok((Engine { pins, loaded, attachments, mirror: Some(mirror) }, report))
+        Ok((Engine { pins, loaded, attachments, mirror, is_mirror_stale: false }, report))
     }
 
     /// Looks for the ports' interfaces.
@@ -82,20 +83,20 @@ impl Engine {
     /// [`EngineError::TableFull`], [`EngineError::Map`], [`EngineError::Io`]. The next call reads the maps again and goes
     /// on from wherever this one stopped.
     pub fn sync(&mut self, image: &Image) -> Result<SyncReport, EngineError> {
-        let mut mirror = match self.mirror.take() {
-            Some(mirror) => mirror,
-            None => Mirror::read(&self.loaded.maps, &self.attachments)?,
-        };
+        if self.is_mirror_stale {
+            self.mirror = Mirror::read(&self.loaded.maps, &self.attachments)?;
+        }
+        self.is_mirror_stale = true;
         let report = Pass {
             loaded: &mut self.loaded,
             attachments: &mut self.attachments,
             pins: &self.pins,
-            mirror: &mut mirror,
+            mirror: &mut self.mirror,
             image,
             writes: MapWrites::default(),
         }
         .run()?;
-        self.mirror = Some(mirror);
+        self.is_mirror_stale = false;
         Ok(report)
     }
 
@@ -110,25 +111,12 @@ impl Engine {
         Ok(done)
     }
 
-    /// What is known of the maps, read if it is not.
-    fn mirror(&mut self) -> Result<&Mirror, EngineError> {
-        let mirror = match self.mirror.take() {
-            Some(mirror) => mirror,
-            None => Mirror::read(&self.loaded.maps, &self.attachments)?,
-        };
-        Ok(self.mirror.insert(mirror))
-    }
-
     /// Deletes learnt addresses that are too old, and corrects the ports' counts of learnt addresses.
     ///
     /// # Errors
     /// [`EngineError::Map`].
     pub fn age_fdb(&mut self) -> Result<FdbSweep, EngineError> {
-        self.mirror()?;
-        match &self.mirror {
-            Some(mirror) => stats::age_fdb(&self.loaded.maps, mirror),
-            None => Ok(FdbSweep::default()),
-        }
+        stats::age_fdb(&self.loaded.maps, &self.mirror)
     }
 
     /// The learnt addresses, sorted by switch, VLAN and address.
@@ -152,13 +140,7 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Map`].
     pub fn all_port_stats(&self) -> Result<BTreeMap<u32, PortStats>, EngineError> {
-        match &self.mirror {
-            Some(mirror) => stats::all_port_stats(&self.loaded.maps, mirror.ports.keys().copied()),
-            None => stats::all_port_stats(
-                &self.loaded.maps,
-                Mirror::read(&self.loaded.maps, &self.attachments)?.ports.into_keys(),
-            ),
-        }
+        stats::all_port_stats(&self.loaded.maps, self.mirror.ports.keys().copied())
     }
 
     /// Drops of one port by reason; reasons without drops are left out. Port 0 has the frames of unknown origin.

@@ -28,7 +28,7 @@ pub enum MapsOutcome {
     /// The pinned ones fit and are kept, with what is in them.
     Adopted,
     /// The pinned ones do not fit. New ones are filled by the first sync, and attached programs are then replaced;
-    /// until then the old ones serve.
+    /// until then the old ones serve. Learnt addresses, counters and token buckets start anew.
     Replaced {
         /// What does not fit.
         reason: String,
