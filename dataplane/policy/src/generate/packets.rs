@@ -120,7 +120,12 @@ fn ipv6(rng: &mut Rng, sender: &Sender) -> Vec<u8> {
         }
     };
     let mut first = proto;
-    let chain = if rng.chance(30) { extensions(rng, proto, &mut first) } else { Vec::new() };
+    let chain = match rng.below(100) {
+        0..=9 if is_discovery => up_to_the_edge(rng, proto, &mut first),
+        0..=1 => up_to_the_edge(rng, proto, &mut first),
+        2..=29 => extensions(rng, proto, &mut first),
+        _ => Vec::new(),
+    };
     let length = chain.len() + body.len();
     let mut bytes = vec![0x60, 0, 0, 0, (length >> 8) as u8, length as u8, first, 255];
     let source = match rng.below(24) {
@@ -146,12 +151,19 @@ fn ipv6(rng: &mut Rng, sender: &Sender) -> Vec<u8> {
     bytes
 }
 
+/// One extension header that ends at most 40 bytes before the edge of what is looked at, or one step past it.
+fn up_to_the_edge(rng: &mut Rng, proto: u8, first: &mut u8) -> Vec<u8> {
+    *first = 60;
+    let units = 18 + rng.below(7);
+    [&[proto, units as u8][..], &vec![0; (units + 1) * 8 - 2]].concat()
+}
+
 /// Extension headers that end in `proto`; the first one's number goes to `first`.
 fn extensions(rng: &mut Rng, proto: u8, first: &mut u8) -> Vec<u8> {
     let count = *rng.pick(&[1, 1, 1, 2, 2, 3, 5, 7, 8, 9]);
     let kinds: Vec<u8> = (0..count).map(|_| *rng.pick(&[0, 43, 44, 51, 60, 60, 135, 139, 140])).collect();
     // Long ones bring what follows to the edge of what is looked at.
-    let is_long = rng.chance(25);
+    let is_long = rng.chance(15);
     let mut bytes = Vec::new();
     for (index, kind) in kinds.iter().enumerate() {
         let next = kinds.get(index + 1).copied().unwrap_or(proto);
@@ -236,7 +248,7 @@ fn discovery(rng: &mut Rng, sender: &Sender) -> Vec<u8> {
         bytes[8..24].copy_from_slice(&octets(target));
     }
     let own = if kind >= 136 { 2 } else { 1 };
-    let count = *rng.pick(&[0, 1, 1, 1, 1, 2, 3, 8, 9]);
+    let count = *rng.pick(&[0, 0, 0, 1, 1, 1, 1, 2, 3, 8, 9]);
     for _ in 0..count {
         let option = if rng.chance(70) { own } else { *rng.pick(&[1, 2, 3, 5, 25]) };
         let units = if rng.chance(90) { 1 } else { rng.below(4) };
