@@ -3,9 +3,10 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use sluice_tests::api::{list, number};
 use sluice_tests::lab::INTERFACE;
 use sluice_tests::wire::{self, TPID_CUSTOMER, carries, mac, mac_text, note, tags};
 use sluice_tests::{Daemon, Flow, Lab, PATIENCE, PacketSocket, Vm, scenario, wait_until};
@@ -100,7 +101,7 @@ fn an_orderly_stop_leaves_the_switch_running_too() -> Result<()> {
 #[test]
 fn a_restart_changes_nothing() -> Result<()> {
     scenario(|lab| {
-        let [vm1, vm2, ..] = network(lab)?;
+        let [vm1, vm2, _vm3, _vm4] = network(lab)?;
         vm1.ping(&vm2)?;
         let before = lab.sluice().json(&["get", "vnic", "vm1"])?;
         lab.kill()?;
@@ -112,10 +113,61 @@ fn a_restart_changes_nothing() -> Result<()> {
     })
 }
 
+/// `kill -9` at any moment of an apply: afterwards it has happened, or it has not; never in part.
+#[test]
+fn a_kill_during_an_apply_leaves_all_of_it_or_nothing() -> Result<()> {
+    scenario(|lab| {
+        let (vm1, vm2) = lab.pair()?;
+        let config = |vlan: u32| -> String {
+            // Many more, so that the kill has something to interrupt.
+            let others: String = (10..60)
+                .map(|n| format!("- {{name: o{n}, switch: blue, attach: {{veth: o{n}}}, mac: \"02:00:00:00:01:{n}\", policy: {{vlan: {{access: {vlan}}}}}}}\n"))
+                .collect();
+            let access = format!("policy: {{vlan: {{access: {vlan}}}}}");
+            format!("vnics:\n{}{}{others}", vm1.vnic(&access), vm2.vnic(&access))
+        };
+        let mut vlan = 100;
+        let start = Instant::now();
+        lab.sluice().apply(&config(vlan))?;
+        let took = start.elapsed();
+        let mut outcomes = [0, 0];
+        for round in 0..12u32 {
+            let sluice = lab.sluice().clone();
+            let next = config(vlan + 1);
+            let apply = std::thread::spawn(move || sluice.apply(&next).is_ok());
+            // Not to wait for anything, but to strike at different moments: from before the request to after it.
+            std::thread::sleep(took * round / 6);
+            lab.kill()?;
+            let answered = apply.join().is_ok_and(|ok| ok);
+            lab.start()?;
+            let answer = lab.sluice().json(&["get", "vnic"])?;
+            let vlans: std::collections::BTreeSet<u64> = list(&answer["resources"])
+                .iter()
+                .map(|resource| number(&resource["vnic"]["policy"]["vlan"]["access"]))
+                .collect();
+            ensure!(vlans.len() == 1, "round {round}: half an apply: VLANs {vlans:?}");
+            let now = vlans.first().copied().unwrap_or(0);
+            ensure!(
+                now == u64::from(vlan) || now == u64::from(vlan + 1),
+                "round {round}: VLAN {now} after {vlan}"
+            );
+            // What was answered was done.
+            ensure!(!answered || now == u64::from(vlan + 1), "round {round}: an answered apply was lost");
+            outcomes[usize::from(now == u64::from(vlan + 1))] += 1;
+            vlan = u32::try_from(now)?;
+            lab.sluice().wait_ready("vnic", "vm1", PATIENCE)?;
+            lab.sluice().wait_ready("vnic", "vm2", PATIENCE)?;
+            vm1.ping(&vm2)?;
+        }
+        ensure!(outcomes[0] > 0 && outcomes[1] > 0, "the kills came all before or all after: {outcomes:?}");
+        Ok(())
+    })
+}
+
 /// The daemon is killed, `harm` is done, it is started again; then everything must work, with no apply in between.
 fn comes_back_after(harm: impl FnOnce(&Lab) -> Result<()>, diagnosis: &str) -> Result<()> {
     scenario(|lab| {
-        let [vm1, vm2, vm3, _] = network(lab)?;
+        let [vm1, vm2, vm3, _vm4] = network(lab)?;
         vm1.ping(&vm2)?;
         lab.kill()?;
         harm(lab)?;
@@ -151,7 +203,7 @@ fn the_state_directory_deleted_while_the_daemon_is_dead() -> Result<()> {
 fn the_pins_deleted_while_the_daemon_is_dead() -> Result<()> {
     comes_back_after(
         |lab| fs::remove_dir_all(&lab.places().pins).context("deleting the pins"),
-        "no pinned tables",
+        "none were pinned",
     )
 }
 
@@ -177,7 +229,7 @@ fn the_state_directory_deleted_while_the_daemon_lives() -> Result<()> {
 #[test]
 fn the_pins_deleted_while_the_daemon_lives() -> Result<()> {
     scenario(|lab| {
-        let [vm1, vm2, vm3, _] = network(lab)?;
+        let [vm1, vm2, vm3, _vm4] = network(lab)?;
         let flow = Flow::start(&vm1.netns, &vm2.netns, (vm2.ip4(), 7000).into())?;
         flow.wait_received(10_000, LONG)?;
         let pins = &lab.places().pins;
@@ -216,7 +268,7 @@ fn pins_under(lab: &Lab) -> Result<usize> {
 #[test]
 fn a_second_daemon_refuses_and_harms_nothing() -> Result<()> {
     scenario(|lab| {
-        let [vm1, vm2, ..] = network(lab)?;
+        let [vm1, vm2, _vm3, _vm4] = network(lab)?;
         for socket in [lab.places().socket.clone(), lab.places().socket.with_extension("other")] {
             let places = sluice_tests::daemon::Places { socket, ..lab.places().clone() };
             let output = Daemon::command(lab.host(), &places)?.output()?;

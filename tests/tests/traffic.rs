@@ -37,15 +37,17 @@ fn iperf3_udp_over_both_families() -> Result<()> {
     scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;
         for address in [vm2.ip4().to_string(), vm2.ip6().to_string()] {
-            // A rate that two busy cores carry; what is lost at it, the switch lost.
             let end = tools::iperf3(
                 &vm1.netns,
                 &vm2.netns,
                 &address,
                 &["-u", "-b", "100M", "-l", "1200", "-t", "2"],
             )?;
+            // A little is lost where iperf3 is not scheduled in time to read its socket; none by the switch.
             let lost = end["sum"]["lost_percent"].as_f64().unwrap_or(100.0);
-            ensure!(lost < 1.0 && tools::gbits_received(&end) > 0.09, "UDP to {address}: {end}");
+            ensure!(lost < 10.0 && tools::gbits_received(&end) > 0.085, "UDP to {address}: {end}");
+            let drops = lab.sluice().drops()?;
+            ensure!(drops.is_empty(), "the switch dropped {drops:?}");
         }
         Ok(())
     })

@@ -60,7 +60,7 @@ fn forwards(vm1: &Vm, vm2: &Vm, outside: &Vm) -> Result<()> {
             ping(&vm1.netns, &other.ip4().to_string())?;
             ping(&vm1.netns, &other.ip6().to_string())?;
         }
-        Ok(("12 of 12 answered".to_owned(), ()))
+        Ok(("each answers 3 of 3".to_owned(), ()))
     })
 }
 
@@ -175,18 +175,20 @@ fn survives(lab: &Lab, [vm1, vm2, outside]: [&Vm; 3]) -> Result<()> {
 
 /// Shows a claim, tries it, and shows what came of it.
 fn claim<T>(title: &str, attempt: impl FnOnce() -> Result<(String, T)>) -> Result<T> {
-    print!("  {} {title} ", paint("33", "…"));
-    // The terminal may be gone; the claim is tried all the same.
-    let _ = std::io::stdout().flush();
-    let back = if std::io::stdout().is_terminal() { "\r" } else { "\n" };
+    // While it is being tried, on a terminal; the line is then written over.
+    if std::io::stdout().is_terminal() {
+        print!("  {} {title}\r", paint("33", "…"));
+        // The terminal may be gone; the claim is tried all the same.
+        let _ = std::io::stdout().flush();
+    }
     match attempt() {
         Ok((said, value)) => {
-            println!("{back}  {} {title}", paint("1;32", "✓"));
+            println!("  {} {title}", paint("1;32", "✓"));
             println!("      {}", paint("2", &said));
             Ok(value)
         }
         Err(error) => {
-            println!("{back}  {} {title}", paint("1;31", "✗"));
+            println!("  {} {title}", paint("1;31", "✗"));
             Err(error)
         }
     }
