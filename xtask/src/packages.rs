@@ -1,7 +1,7 @@
 //! System packages that a task needs: looked for by what they bring, installed when root, else named.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Result, bail};
 
@@ -72,8 +72,10 @@ pub(crate) fn ensure(purpose: &str, needs: &[Need]) -> Result<()> {
     }
     run(Command::new("apt-get")
         .env("DEBIAN_FRONTEND", "noninteractive")
-        .args(["-qq", "install", "-y", "--no-install-recommends"])
-        .args(&packages))?;
+        .args(["-qq", "-o", "Dpkg::Use-Pty=0", "install", "-y", "--no-install-recommends"])
+        .args(&packages)
+        // What matters of its chatter is on its standard error.
+        .stdout(Stdio::null()))?;
     if let Some(need) = missing.iter().find(|need| !need.met()) {
         bail!("package {} is installed, but what {purpose} needs of it is not there", need.package);
     }

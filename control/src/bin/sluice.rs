@@ -1,5 +1,7 @@
 //! The command line. See [`sluice_control::cli`].
 
+#![forbid(unsafe_code)]
+
 use std::process::ExitCode;
 
 use clap::Parser;

@@ -1,5 +1,7 @@
 //! The daemon. See [`sluice_control::daemon`].
 
+#![forbid(unsafe_code)]
+
 use std::process::ExitCode;
 
 use clap::Parser;
