@@ -30,6 +30,16 @@ impl KernelEngine {
     }
 }
 
+/// A few names, and how many more there are.
+fn some(names: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let shown = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        rest => format!("{shown} and {rest} more"),
+    }
+}
+
 impl DataPlane for KernelEngine {
     fn adoption(&self) -> Adoption {
         let report = &self.adopted;
@@ -46,10 +56,10 @@ impl DataPlane for KernelEngine {
             }
         });
         if !report.links.is_empty() {
-            lines.push(format!("links: adopted {}", report.links.join(", ")));
+            lines.push(format!("links: adopted {}", some(&report.links)));
         }
         if !report.dead_links.is_empty() {
-            lines.push(format!("links: dead, their interfaces are gone: {}", report.dead_links.join(", ")));
+            lines.push(format!("links: dead, their interfaces are gone: {}", some(&report.dead_links)));
         }
         Adoption { found_tables: report.maps != MapsOutcome::Created, lines }
     }
