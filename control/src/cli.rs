@@ -53,7 +53,7 @@ enum Command {
     /// Create or replace resources: all of them, or none.
     Apply(FileArgs),
     /// Show what an apply would change.
-    Plan(FileArgs),
+    Plan(PlanArgs),
     /// Delete a resource. Refused while others refer to it.
     Delete {
         /// switch, aclGroup or vnic.
@@ -117,6 +117,16 @@ struct FileArgs {
     /// A resource must be at this revision, as in `vnics/vm1=7`; 0: it must not exist.
     #[arg(long, value_name = "RESOURCE=N")]
     revision: Vec<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+struct PlanArgs {
+    /// YAML or JSON file; `-` is standard input. May be given more than once.
+    #[arg(short, long = "file", value_name = "FILE", required_unless_present = "delete")]
+    file: Vec<PathBuf>,
+    /// Show what deleting this would change, as in `vnics/vm1`. May be given more than once.
+    #[arg(long, value_name = "RESOURCE")]
+    delete: Vec<String>,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -26,8 +26,8 @@ use crate::store::{Origin, State, Store};
 
 pub use change::Outcome;
 
-/// Repairs that are noted one by one.
-const REPAIRS_SHOWN: usize = 4;
+/// Events of one kind and one moment that are noted one by one.
+const ALIKE_SHOWN: usize = 8;
 /// How often a pass may start over because attaching changed what interfaces accept.
 const ROUNDS_MAX: usize = 3;
 
@@ -38,6 +38,15 @@ pub struct View {
     pub revision: u64,
     /// Resources.
     pub resources: BTreeMap<Key, Arc<v1::Resource>>,
+}
+
+/// How the daemon started, which the event log may have forgotten.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// Whether anything was amiss.
+    pub severity: Severity,
+    /// In words.
+    pub text: String,
 }
 
 /// Desired state, engine, and what is known of how they agree.
@@ -51,6 +60,7 @@ pub struct Core {
     ports: BTreeMap<String, v1::PortStatus>,
     /// Tables of an unknown past are left alone until the first apply.
     untouched: bool,
+    start: Start,
     events: EventLog,
     view: watch::Sender<Arc<View>>,
 }
@@ -62,23 +72,23 @@ impl Core {
         let (revision, count) = (state.revision, state.resources.len());
         let adoption = engine.adoption();
         let untouched = origin == Origin::Nowhere && adoption.found_tables;
-        match origin {
-            Origin::StateDir => {
-                events.note(Severity::Info, format!("started with {count} resources at revision {revision}"));
-            }
-            Origin::RuntimeCopy => events.note(
+        let (severity, start) = match origin {
+            Origin::StateDir => (Severity::Info, format!("started with {count} resources at revision {revision}")),
+            Origin::RuntimeCopy => (
                 Severity::Warning,
                 format!(
                     "the state directory was empty: recovered {count} resources at revision {revision} from the copy beside the pins"
                 ),
             ),
-            Origin::Nowhere if untouched => events.note(
+            Origin::Nowhere if untouched => (
                 Severity::Warning,
-                "neither the state directory nor the runtime directory had a state, but tables of an earlier daemon are pinned: \
-                 they stay as they are, and in force, until the first apply",
+                "neither the state directory nor the runtime directory had a state, but tables of an earlier daemon are \
+                 pinned: they stay as they are, and in force, until the first apply"
+                    .to_owned(),
             ),
-            Origin::Nowhere => events.note(Severity::Info, "started with an empty state"),
-        }
+            Origin::Nowhere => (Severity::Info, "started with an empty state".to_owned()),
+        };
+        events.note(severity, start.clone());
         for line in adoption.lines {
             events.note(Severity::Info, line);
         }
@@ -91,6 +101,7 @@ impl Core {
             image: Image::default(),
             ports: BTreeMap::new(),
             untouched,
+            start: Start { severity, text: start },
             events,
             view: watch::Sender::new(Arc::new(View::default())),
         };
@@ -106,6 +117,11 @@ impl Core {
     /// The event log.
     pub fn events(&self) -> &EventLog {
         &self.events
+    }
+
+    /// How the daemon started.
+    pub fn start(&self) -> &Start {
+        &self.start
     }
 
     /// The store, to read.
@@ -178,28 +194,28 @@ impl Core {
 
     /// Takes statuses over, and notes what changed.
     fn note_pass(&mut self, observation: &Observation, report: SyncReport) {
-        for line in report.link_changes {
-            self.events.note(Severity::Info, line);
-        }
+        self.note_many(Severity::Info, report.link_changes);
         let ports = status::ports(&self.image, observation, &report.ports);
+        let mut attached = Vec::new();
+        let mut pending = Vec::new();
         for (name, port) in &ports {
             let before = self.ports.get(name);
             if before.is_some_and(|before| before.state == port.state && before.ifindex == port.ifindex) {
                 continue;
             }
-            let (severity, text) = match port.state() {
-                v1::port_status::State::Attached => (
-                    Severity::Info,
-                    format!("{name} is attached to {} (ifindex {})", port.netdev, port.ifindex),
-                ),
-                v1::port_status::State::Pending => {
-                    let severity = if before.is_some() { Severity::Warning } else { Severity::Info };
-                    (severity, format!("{name} is pending: {}", port.message))
+            match port.state() {
+                v1::port_status::State::Attached => {
+                    attached
+                        .push(format!("{name} is attached to {} (ifindex {})", port.netdev, port.ifindex));
                 }
-                _ => (Severity::Error, format!("{name} failed: {}", port.message)),
-            };
-            self.events.note(severity, text);
+                v1::port_status::State::Pending => {
+                    pending.push(format!("{name} is pending: {}", port.message))
+                }
+                _ => self.events.note(Severity::Error, format!("{name} failed: {}", port.message)),
+            }
         }
+        self.note_many(Severity::Info, attached);
+        self.note_many(Severity::Info, pending);
         self.ports = ports;
     }
 
@@ -222,21 +238,21 @@ impl Core {
         }
         if !self.untouched {
             match self.engine.repair() {
-                Ok(repaired) => self.note_repairs(repaired),
+                Ok(repaired) => self.note_many(Severity::Warning, repaired),
                 Err(error) => self.events.note(Severity::Error, format!("repair failed: {error}")),
             }
         }
         self.pass();
     }
 
-    /// Notes what was repaired: a deleted pin directory is one event, not one for each pin.
-    fn note_repairs(&mut self, mut repaired: Vec<String>) {
-        let rest = repaired.split_off(repaired.len().min(REPAIRS_SHOWN));
-        for line in repaired {
-            self.events.note(Severity::Warning, line);
+    /// Notes things of one kind that happened together: what concerns a thousand ports is not a thousand events.
+    fn note_many(&mut self, severity: Severity, mut lines: Vec<String>) {
+        let rest = lines.split_off(lines.len().min(ALIKE_SHOWN));
+        for line in lines {
+            self.events.note(severity, line);
         }
         if !rest.is_empty() {
-            self.events.note(Severity::Warning, format!("and {} repairs like these", rest.len()));
+            self.events.note(severity, format!("and {} more like these", rest.len()));
         }
     }
 

@@ -7,14 +7,16 @@ mod privileges;
 
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use clap::Parser;
 use sluice_kernel::{Engine, EngineError, EngineOptions, LinkMonitor};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 
-use crate::core::Core;
+use crate::core::{Core, View};
 use crate::engine::KernelEngine;
 use crate::reconcile::{self, Handle, StartError};
 use crate::server::{self, Api, Identity, ServeError, SocketError};
@@ -72,6 +74,9 @@ pub enum DaemonError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The thread that owns the engine ended.
+    #[error("the reconciler ended unexpectedly; its last words are in the log above")]
+    Reconciler,
     /// The server ended.
     #[error(transparent)]
     Server(#[from] ServeError),
@@ -163,6 +168,7 @@ async fn serve_until_signal(args: &Args, paths: &Paths, handle: Handle) -> Resul
     let mut terminate = signal(SignalKind::terminate()).map_err(io_error("waiting for signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io_error("waiting for signals"))?;
     let listener = server::bind(&args.socket, paths.socket_mode)?;
+    let mut view = handle.view();
     let identity = Identity {
         instance: paths.instance.clone(),
         state_dir: paths.state_dir.clone(),
@@ -181,6 +187,8 @@ async fn serve_until_signal(args: &Args, paths: &Paths, handle: Handle) -> Resul
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let name = tokio::select! {
         result = &mut server => return Ok(result?),
+        // Nothing works without it: whoever started us starts us again.
+        () = ended(&mut view) => return Err(DaemonError::Reconciler),
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
     };
@@ -195,6 +203,11 @@ async fn serve_until_signal(args: &Args, paths: &Paths, handle: Handle) -> Resul
         tracing::warn!("removing {}: {error}", args.socket.display());
     }
     Ok(())
+}
+
+/// Waits for the end of the reconciler's thread.
+async fn ended(view: &mut watch::Receiver<Arc<View>>) {
+    while view.changed().await.is_ok() {}
 }
 
 /// Removes programs, links, maps and the runtime directory of the instance.

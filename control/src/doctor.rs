@@ -15,6 +15,8 @@ use crate::server::Identity;
 
 pub use host::host;
 
+/// Beyond so many ports, only those with something to say are listed.
+const PORTS_SHOWN: usize = 50;
 const EVENTS_SHOWN: usize = 40;
 const AUDIT_SHOWN: usize = 5;
 
@@ -63,7 +65,12 @@ pub fn examine(core: &Core, identity: &Identity) -> Vec<Finding> {
 
 fn daemon(core: &Core, identity: &Identity) -> Vec<Finding> {
     let view = core.view().borrow().clone();
+    let start = match core.start().severity {
+        Severity::Info => Level::Ok,
+        Severity::Warning | Severity::Error => Level::Note,
+    };
     let mut findings = vec![
+        finding(start, "start", &core.start().text, ""),
         finding(Level::Ok, "instance", &identity.instance, ""),
         finding(
             Level::Ok,
@@ -148,7 +155,12 @@ fn ports(core: &Core) -> Finding {
         .collect();
     let attached =
         core.ports().values().filter(|port| port.state() == v1::port_status::State::Attached).count();
-    let detail = format!("{attached} of {} attached", children.len());
+    let mut detail = format!("{attached} of {} attached", children.len());
+    let mut children = children;
+    if children.len() > PORTS_SHOWN {
+        children.retain(|child| child.level() != Level::Ok || !child.children.is_empty());
+        detail.push_str("; those that are, without a note, are not listed");
+    }
     group("ports", detail, children)
 }
 

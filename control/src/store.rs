@@ -13,7 +13,7 @@ mod state;
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use prost::Message;
@@ -129,7 +129,7 @@ impl Store {
     /// [`StoreError::Locked`] if another daemon has it; others if it cannot be read.
     pub fn open(state_dir: &Path, runtime_dir: &Path) -> Result<(Store, State, Origin), StoreError> {
         for dir in [state_dir, runtime_dir] {
-            fs::create_dir_all(dir).map_err(StoreError::io("making", dir))?;
+            make_private(dir).map_err(StoreError::io("making", dir))?;
         }
         let locks = [DirLock::take(state_dir)?, DirLock::take(runtime_dir)?];
         let path = state_dir.join(FILE);
@@ -199,7 +199,7 @@ impl Store {
             return Ok(false);
         }
         if let Some(dir) = self.path.parent() {
-            fs::create_dir_all(dir).map_err(StoreError::io("making", dir))?;
+            make_private(dir).map_err(StoreError::io("making", dir))?;
             if !lock::exists(dir) {
                 self._locks[0] = DirLock::take(dir)?;
             }
@@ -350,6 +350,17 @@ struct Raw {
     revision: u64,
     resources: Vec<(String, Vec<u8>)>,
     ids: Vec<(String, String, u32)>,
+}
+
+/// Makes a directory that only its owner may look into; parents are made as usual.
+pub(crate) fn make_private(dir: &Path) -> io::Result<()> {
+    if let Some(parent) = dir.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    match fs::DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        result => result,
+    }
 }
 
 fn create(path: &Path) -> Result<Database, StoreError> {

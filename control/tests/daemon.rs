@@ -36,6 +36,7 @@ struct Lab {
 }
 
 impl Lab {
+    #[allow(clippy::print_stderr)] // a skip says so
     fn new(name: &str) -> Option<Lab> {
         if !nix::unistd::geteuid().is_root() {
             assert!(std::env::var_os("CI").is_none(), "CI must run these tests as root");

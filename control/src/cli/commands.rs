@@ -1,5 +1,7 @@
 //! Each command: make the request, print the answer, say whether all is well.
 
+use std::path::Path;
+
 use clap::CommandFactory;
 use sluice_proto::v1;
 use sluice_proto::v1::sluice_client::SluiceClient;
@@ -8,80 +10,79 @@ use tonic::transport::Channel;
 use super::client::{CliError, connect};
 use super::output::Output;
 use super::packet::{self, Builder};
-use super::{Cli, Command, FileArgs, Format, TraceArgs, input, render};
+use super::{Cli, Command, Format, TraceArgs, input, render};
 use crate::doctor;
 use crate::json;
+use crate::resource::{Key, Kind};
 
 type Client = SluiceClient<Channel>;
 
 /// Runs a command. `false`: it worked, but what it found is bad.
+///
+/// Whatever can be refused without the daemon is refused before connecting to it.
 pub(super) async fn run(cli: Cli, output: &Output) -> Result<bool, CliError> {
-    // Whatever can be refused without the daemon is refused first.
-    match cli.command {
-        Command::Completions { shell } => {
-            output.completions(shell, &mut Cli::command());
-            return Ok(true);
+    let Cli { socket, command, .. } = cli;
+    let client = || connect(&socket);
+    match command {
+        Command::Apply(args) => {
+            let request = v1::ApplyRequest {
+                config: Some(input::read_files(&args.file)?),
+                expected_revisions: input::read_revisions(&args.revision)?,
+            };
+            render::applied(output, &client().await?.apply(request).await?.into_inner())
         }
-        Command::Doctor => return examine(&cli.socket, output).await,
-        _ => {}
-    }
-    let prepared = match &cli.command {
-        Command::Apply(args) | Command::Plan(args) => Some(prepare(args)?),
-        _ => None,
-    };
-    let mut client = connect(&cli.socket).await?;
-    match cli.command {
-        Command::Apply(_) => {
-            let request = prepared.unwrap_or_default();
-            let answer = client.apply(request).await?.into_inner();
-            render::applied(output, &answer)
+        Command::Plan(args) => {
+            let request = v1::PlanRequest {
+                config: Some(input::read_files(&args.file)?),
+                delete: input::read_references(&args.delete)?,
+            };
+            render::plan(output, &client().await?.plan(request).await?.into_inner())
         }
-        Command::Plan(_) => {
-            let request = v1::PlanRequest { config: prepared.unwrap_or_default().config, delete: Vec::new() };
-            let answer = client.plan(request).await?.into_inner();
-            render::plan(output, &answer)
+        Command::Delete { kind, name, revision } => {
+            let key = Key::new(kind.parse().map_err(usage)?, &name);
+            delete(&mut client().await?, output, key, revision).await
         }
-        Command::Delete { kind, name, revision } => delete(&mut client, output, kind, name, revision).await,
-        Command::Get { kind, name, spec } => get(&mut client, output, kind, name, spec).await,
-        Command::Watch { kind } => watch(&mut client, output, kind).await,
+        Command::Get { kind, name, spec } => {
+            let kind = wanted(&kind)?;
+            get(&mut client().await?, output, kind, name, spec).await
+        }
+        Command::Watch { kind } => {
+            let kind = wanted(&kind)?;
+            watch(&mut client().await?, output, kind).await
+        }
         Command::Stats { name, .. } => {
             let request = v1::GetStatsRequest { vnic: name.unwrap_or_default() };
-            render::stats(output, &client.get_stats(request).await?.into_inner())
+            render::stats(output, &client().await?.get_stats(request).await?.into_inner())
         }
         Command::Fdb { switch } => {
             let request = v1::GetFdbRequest { switch: switch.unwrap_or_default() };
-            render::fdb(output, &client.get_fdb(request).await?.into_inner())
+            render::fdb(output, &client().await?.get_fdb(request).await?.into_inner())
         }
         Command::Drops => {
-            render::drops(output, &client.get_drops(v1::GetDropsRequest {}).await?.into_inner())
+            render::drops(output, &client().await?.get_drops(v1::GetDropsRequest {}).await?.into_inner())
         }
-        Command::Trace(args) => trace(&mut client, output, args).await,
+        Command::Trace(args) => trace(&socket, output, args).await,
+        Command::Doctor => examine(&socket, output).await,
         Command::Version => {
-            let answer = client.get_version(v1::GetVersionRequest {}).await?.into_inner();
-            render::version(output, &answer)
+            let request = v1::GetVersionRequest {};
+            render::version(output, &client().await?.get_version(request).await?.into_inner())
         }
-        Command::Doctor | Command::Completions { .. } => Ok(true), // served above
+        Command::Completions { shell } => {
+            output.completions(shell, &mut Cli::command());
+            Ok(true)
+        }
     }
-}
-
-fn prepare(args: &FileArgs) -> Result<v1::ApplyRequest, CliError> {
-    Ok(v1::ApplyRequest {
-        config: Some(input::read_files(&args.file)?),
-        expected_revisions: input::read_revisions(&args.revision)?,
-    })
 }
 
 async fn delete(
     client: &mut Client,
     output: &Output,
-    kind: String,
-    name: String,
+    key: Key,
     revision: Option<u64>,
 ) -> Result<bool, CliError> {
-    let key = crate::resource::Key::new(kind.parse().map_err(usage)?, &name);
     let expected = revision.map(|revision| (key.to_string(), revision));
     let request = v1::DeleteRequest {
-        resources: vec![v1::ResourceRef { kind, name }],
+        resources: vec![v1::ResourceRef { kind: key.kind.singular().to_owned(), name: key.name.clone() }],
         expected_revisions: expected.into_iter().collect(),
     };
     let answer = client.delete(request).await?.into_inner();
@@ -98,11 +99,11 @@ fn usage(error: impl std::fmt::Display) -> CliError {
 }
 
 /// The kind as the API wants it: `all` is the empty text.
-fn wanted(kind: String) -> Result<String, CliError> {
+fn wanted(kind: &str) -> Result<String, CliError> {
     if kind == "all" {
         return Ok(String::new());
     }
-    let parsed: crate::resource::Kind = kind.parse().map_err(usage)?;
+    let parsed: Kind = kind.parse().map_err(usage)?;
     Ok(parsed.singular().to_owned())
 }
 
@@ -113,7 +114,6 @@ async fn get(
     name: Option<String>,
     spec: bool,
 ) -> Result<bool, CliError> {
-    let kind = wanted(kind)?;
     let single = name.is_some();
     let answer = match name {
         Some(name) => {
@@ -146,7 +146,7 @@ async fn get(
 }
 
 async fn watch(client: &mut Client, output: &Output, kind: String) -> Result<bool, CliError> {
-    let request = v1::WatchRequest { kind: wanted(kind)? };
+    let request = v1::WatchRequest { kind };
     let mut stream = client.watch(request).await?.into_inner();
     while let Some(change) = stream.message().await? {
         if output.is_table() {
@@ -161,21 +161,26 @@ async fn watch(client: &mut Client, output: &Output, kind: String) -> Result<boo
     Ok(true)
 }
 
-async fn trace(client: &mut Client, output: &Output, args: TraceArgs) -> Result<bool, CliError> {
+async fn trace(socket: &Path, output: &Output, args: TraceArgs) -> Result<bool, CliError> {
     let port = match (&args.vnic, &args.port) {
         (Some(vnic), _) => format!("vnic/{vnic}"),
         (None, Some(port)) => port.clone(),
         (None, None) => return Err(usage("give --vnic NAME or --port PORT")),
     };
-    let frames = match (&args.hex, &args.pcap) {
-        (Some(hex), _) => vec![packet::from_hex(hex)?],
-        (None, Some(path)) => packet::from_pcap(path)?,
+    let given = match (&args.hex, &args.pcap) {
+        (Some(hex), _) => Some(vec![packet::from_hex(hex)?]),
+        (None, Some(path)) => Some(packet::from_pcap(path)?),
         (None, None) if args.words.is_empty() => {
             return Err(usage(
                 "give a packet: --hex BYTES, --pcap FILE, or words such as dstIp=10.0.0.2 dstPort=80",
             ));
         }
-        (None, None) => vec![build(client, args.vnic.as_deref(), &args.words).await?],
+        (None, None) => None,
+    };
+    let client = &mut connect(socket).await?;
+    let frames = match given {
+        Some(frames) => frames,
+        None => vec![build(client, args.vnic.as_deref(), &args.words).await?],
     };
     let mut well = true;
     for frame in frames {
@@ -204,7 +209,7 @@ async fn build(client: &mut Client, vnic: Option<&str>, words: &[String]) -> Res
     Ok(builder.build()?)
 }
 
-async fn examine(socket: &std::path::Path, output: &Output) -> Result<bool, CliError> {
+async fn examine(socket: &Path, output: &Output) -> Result<bool, CliError> {
     let answer = match connect(socket).await {
         Ok(mut client) => client.doctor(v1::DoctorRequest {}).await?.into_inner(),
         Err(error) => {

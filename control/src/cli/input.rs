@@ -45,3 +45,13 @@ pub(super) fn read_revisions(words: &[String]) -> Result<HashMap<String, u64>, C
     });
     pairs.collect()
 }
+
+/// Reads `vnics/vm1` words.
+pub(super) fn read_references(words: &[String]) -> Result<Vec<v1::ResourceRef>, CliError> {
+    let references = words.iter().map(|word| {
+        let usage = |_| CliError::Usage(format!("`{word}` is not a resource, such as vnics/vm1"));
+        let key: Key = word.parse().map_err(usage)?;
+        Ok(v1::ResourceRef { kind: key.kind.singular().to_owned(), name: key.name })
+    });
+    references.collect()
+}

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::store;
+
 const PIN_ROOT: &str = "/sys/fs/bpf/sluice";
 const RUNTIME_ROOT: &str = "/run/sluice";
 const SOCKET_MODE: u32 = 0o600;
@@ -77,7 +79,7 @@ impl Paths {
                 read_settings(path, &text)?
             }
         };
-        fs::create_dir_all(state_dir).map_err(error("making", state_dir))?;
+        store::make_private(state_dir).map_err(error("making", state_dir))?;
         let state_dir = state_dir.canonicalize().map_err(error("finding", state_dir))?;
         let instance = instance(&state_dir);
         let socket_mode = match &settings.socket_mode {
