@@ -326,7 +326,10 @@ fn mount_bpffs() -> Result<()> {
 }
 
 /// Removes namespaces, pins and folders of labs whose process is dead.
-fn sweep() -> Result<()> {
+///
+/// # Errors
+/// When what there is cannot be read.
+pub fn sweep() -> Result<()> {
     let named = |folder: &Path| -> Vec<String> {
         let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
         entries

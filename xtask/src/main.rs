@@ -7,6 +7,7 @@
 // A task runner talks to the person who runs it.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod bench;
 mod demo;
 mod ebpf;
 mod lint;
@@ -27,6 +28,12 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Compare throughput with a Linux bridge's, side by side. Needs root.
+    Bench {
+        /// Arguments of the harness, such as `--rounds 5`; after `--`, `--help` lists them.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        extra: Vec<String>,
+    },
     /// Build the eBPF programs into target/bpf/sluice.o.
     BuildEbpf {
         /// Which compiler to use; found automatically unless given.
@@ -53,6 +60,7 @@ enum Task {
 
 fn main() -> std::process::ExitCode {
     let outcome = match Arguments::parse().task {
+        Task::Bench { extra } => bench::bench(&extra),
         Task::BuildEbpf { toolchain, force } => ebpf::build(toolchain, force).map(drop),
         Task::Demo => demo::demo(),
         Task::Lint => lint::lint(),

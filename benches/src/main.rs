@@ -1,0 +1,125 @@
+//! Side-by-side throughput: Sluice and a Linux bridge between the same two guests, in one run on one machine.
+//!
+//! Run it as `cargo xtask bench`, which builds what it needs. Each set-up has namespaces of its own for the host and
+//! for two guests, wired by veth pairs ([`world`]); they differ in what forwards between the host's ends ([`switch`]).
+//! Rounds are interleaved, so that what disturbs the machine disturbs every set-up, and ratios are those of medians.
+//!
+//! **What is measured** ([`measure`]). *Small frames*: the kernel runs a program on live frames in the first guest, as
+//! fast as it can; every frame that reaches the second guest is counted and dropped there. Generating, forwarding and
+//! dropping all happen on one CPU, so the rate is that of one CPU and includes what the first and the last cost (the
+//! rows `bare` show how much that is at least). *TCP*: iperf3, one stream. *Round trip*: one byte there and back.
+//!
+//! **What is kept equal.** All set-ups of a comparison have the same generator and the same sink. Frames that are
+//! redirected from XDP to XDP never become socket buffers, so XDP has an XDP sink, and is compared with a bridge that
+//! has one; everything else has a sink on TCX. The bridge is spared netfilter, which would halve it. Sluice's vNICs
+//! have the guards that a real one has: MAC, IP, DHCP and RA guard.
+
+#![deny(unsafe_code)]
+// The result is what this program is for.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod bpf;
+mod measure;
+mod programs;
+mod report;
+mod rules;
+mod switch;
+mod world;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+
+use report::{Report, Row};
+use switch::{Bed, SETUPS, Setup};
+
+/// Compare Sluice with a Linux bridge.
+#[derive(Parser)]
+#[command(name = "cargo xtask bench", bin_name = "cargo xtask bench")]
+struct Arguments {
+    /// Rounds; each measures every set-up once.
+    #[arg(long, default_value_t = 3)]
+    rounds: u32,
+    /// Seconds per measurement of small frames.
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// Seconds per TCP stream; 0 leaves TCP out.
+    #[arg(long, default_value_t = 2)]
+    tcp_seconds: u32,
+    /// Set-ups to measure, by name; all unless given.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Fail if a goal is missed.
+    #[arg(long)]
+    check: bool,
+    /// Folder for the results as JSON.
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench"))]
+    out: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    ensure!(nix::unistd::geteuid().is_root(), "the bench makes network namespaces: run it as root");
+    let setups = chosen(&arguments.only)?;
+    let _alone = alone(&arguments.out)?;
+    sluice_tests::lab::sweep()?;
+
+    let mut beds = Vec::with_capacity(setups.len());
+    for setup in setups {
+        beds.push(Bed::new(setup)?);
+    }
+    let mut report = Report::new(beds.iter().map(|bed| bed.setup))?;
+    for round in 1..=arguments.rounds {
+        for bed in &beds {
+            eprintln!("round {round} of {}: {}", arguments.rounds, bed.setup.name);
+            measure_bed(&arguments, bed, report.row(bed.setup.name))?;
+        }
+    }
+    for bed in beds {
+        bed.take_down()?;
+    }
+    report.finish()?;
+    print!("{report}");
+    println!("results: {}", report.save(&arguments.out)?.display());
+    ensure!(!arguments.check || report.meets_goals(), "a goal is missed");
+    Ok(())
+}
+
+/// Sees to it that no other bench runs, which would measure this one's noise and make some.
+fn alone(folder: &Path) -> Result<File> {
+    std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    let lock = folder.join("lock");
+    let file = File::create(&lock).with_context(|| format!("opening {}", lock.display()))?;
+    file.try_lock()
+        .with_context(|| format!("another bench runs ({} is locked); wait for it", lock.display()))?;
+    Ok(file)
+}
+
+fn chosen(names: &[String]) -> Result<Vec<&'static Setup>> {
+    for name in names {
+        let known: Vec<&str> = SETUPS.iter().map(|setup| setup.name).collect();
+        ensure!(
+            known.contains(&name.as_str()),
+            "no set-up is called `{name}`; there are: {}",
+            known.join(", ")
+        );
+    }
+    Ok(SETUPS
+        .iter()
+        .filter(|setup| names.is_empty() || names.iter().any(|name| name == setup.name))
+        .collect())
+}
+
+fn measure_bed(arguments: &Arguments, bed: &Bed, row: &mut Row) -> Result<()> {
+    row.one_flow.add(measure::rate(&bed.world, bed.setup.sink, 1, arguments.seconds)?);
+    if bed.setup.is_sluice() {
+        row.many_flows.add(measure::rate(&bed.world, bed.setup.sink, 1000, arguments.seconds)?);
+    }
+    if arguments.tcp_seconds > 0 && bed.setup.has_tcp {
+        row.tcp.add(measure::tcp(&bed.world, arguments.tcp_seconds)?);
+        row.round_trip_us.push(measure::round_trip(&bed.world)?);
+    }
+    Ok(())
+}

@@ -1,0 +1,174 @@
+//! The measurements: small-frame rate, TCP throughput, TCP round trips.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+use sluice_tests::tools;
+
+use crate::bpf::{self, Kind, Word};
+use crate::programs;
+use crate::world::{INTERFACE, World};
+
+/// Frames per batch of the generator.
+const BATCH: u32 = 64;
+/// Frames of the trial run, which also warms caches up.
+const TRIAL: u32 = 500_000;
+/// Bytes of a generated frame: 64 with the frame check sequence that a wire would add.
+const FRAME: usize = 60;
+
+/// Round trips of one measurement.
+const ROUND_TRIPS: usize = 10_000;
+
+/// Small-frame forwarding.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rate {
+    /// Frames that reached the receiver, in millions per second.
+    pub(crate) mpps: f64,
+    /// CPU seconds of the generating CPU, which does all the work, per million frames.
+    pub(crate) cpu_s_per_mpkt: f64,
+    /// Part of the generated frames that reached the receiver.
+    pub(crate) delivered: f64,
+}
+
+/// Sends minimal frames of `flows` flows from the first guest to the second for about `seconds`.
+pub(crate) fn rate(world: &World, kind: Kind, flows: u16, seconds: f64) -> Result<Rate> {
+    let sink = world.sink(kind)?;
+    world.accept_generated(true)?;
+    let frame = frame(world);
+    let outcome = world.guests[0].netns.enter(|| {
+        let cpu = pin_to_last_cpu()?;
+        let ifindex = nix::net::if_::if_nametoindex(INTERFACE).context("the guest's interface")?;
+        let random = Word::new(1)?;
+        let generator = programs::generator(flows, &random)?;
+        let run = |repeat: u32| -> Result<(f64, f64, u64)> {
+            let (before, cpu_before, start) = (sink.counter.read()?, cpu_time(cpu)?, Instant::now());
+            bpf::run_live(generator.as_fd(), ifindex, &frame, repeat, BATCH)?;
+            let (wall, busy) = (start.elapsed().as_secs_f64(), cpu_time(cpu)? - cpu_before);
+            Ok((wall, busy, sink.counter.read()? - before))
+        };
+        let (wall, _, delivered) = run(TRIAL)?;
+        ensure!(delivered > 0, "no generated frame reached the receiver");
+        let repeat = (f64::from(TRIAL) * seconds / wall).clamp(1e5, 1e9) as u32;
+        let (wall, busy, delivered) = run(repeat)?;
+        let mpkt = delivered as f64 / 1e6;
+        Ok(Rate {
+            mpps: mpkt / wall,
+            cpu_s_per_mpkt: busy / mpkt,
+            delivered: delivered as f64 / f64::from(repeat),
+        })
+    });
+    drop(sink);
+    world.accept_generated(false)?;
+    outcome
+}
+
+/// A minimal UDP datagram between the guests; without a UDP checksum, as IPv4 allows.
+fn frame(world: &World) -> Vec<u8> {
+    let [a, b] = &world.guests;
+    let payload = [0; FRAME - 42];
+    sluice_tests::wire::udp4(b.mac, a.mac, (a.ip, b.ip), (programs::FIRST_SOURCE_PORT, 9000), &payload)
+}
+
+/// The generator, the switch and the receiver all run on the CPU of the thread that generates.
+fn pin_to_last_cpu() -> Result<usize> {
+    let last = std::thread::available_parallelism()?.get() - 1;
+    let mut set = CpuSet::new();
+    set.set(last)?;
+    sched_setaffinity(Pid::from_raw(0), &set).context("pinning the generator")?;
+    Ok(last)
+}
+
+/// CPU seconds of this thread and of the softirq thread of its CPU.
+fn cpu_time(cpu: usize) -> Result<f64> {
+    let own = run_time("/proc/thread-self/schedstat").context("the generator's CPU time")?;
+    Ok(own + softirq_thread_time(cpu).unwrap_or(0.0))
+}
+
+/// From `/proc/PID/schedstat` of `ksoftirqd/CPU`; `None` if it is not there.
+fn softirq_thread_time(cpu: usize) -> Option<f64> {
+    let name = format!("ksoftirqd/{cpu}\n");
+    // Kernel threads have low numbers.
+    (2..400).find_map(|pid| {
+        (std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()? == name).then_some(())?;
+        run_time(&format!("/proc/{pid}/schedstat"))
+    })
+}
+
+/// Seconds on a CPU: the first number of a `schedstat` file.
+fn run_time(file: &str) -> Option<f64> {
+    let text = std::fs::read_to_string(file).ok()?;
+    Some(text.split(' ').next()?.parse::<u64>().ok()? as f64 / 1e9)
+}
+
+/// TCP throughput.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stream {
+    /// Gbit/s received.
+    pub(crate) gbps: f64,
+    /// CPU seconds of sender and receiver, in whose time the switch works, per gigabyte.
+    pub(crate) cpu_s_per_gb: f64,
+}
+
+/// One TCP stream from the first guest to the second.
+pub(crate) fn tcp(world: &World, seconds: u32) -> Result<Stream> {
+    let [a, b] = &world.guests;
+    let end = tools::iperf3(&a.netns, &b.netns, &b.ip.to_string(), &["-t", &seconds.to_string()])?;
+    let number = |group: &str, name: &str| {
+        end[group][name].as_f64().with_context(|| format!("iperf3 reports no {group}.{name}"))
+    };
+    let received = "sum_received";
+    let percent =
+        number("cpu_utilization_percent", "host_total")? + number("cpu_utilization_percent", "remote_total")?;
+    let gigabytes = number(received, "bytes")? / 1e9;
+    Ok(Stream {
+        gbps: number(received, "bits_per_second")? / 1e9,
+        cpu_s_per_gb: percent / 100.0 * number(received, "seconds")? / gigabytes,
+    })
+}
+
+/// Median round trip of one byte there and one back over TCP, in microseconds.
+pub(crate) fn round_trip(world: &World) -> Result<f64> {
+    let [a, b] = &world.guests;
+    let listener = b.netns.enter(|| Ok(TcpListener::bind((b.ip, 0))?))?;
+    let address: SocketAddr = listener.local_addr()?;
+    std::thread::scope(|scope| {
+        let echo = scope.spawn(move || -> Result<()> {
+            let (mut stream, _) = listener.accept()?;
+            stream.set_nodelay(true)?;
+            let mut byte = [0];
+            while stream.read(&mut byte)? == 1 {
+                stream.write_all(&byte)?;
+            }
+            Ok(())
+        });
+        let mut stream =
+            a.netns.enter(|| Ok(TcpStream::connect_timeout(&address, Duration::from_secs(10))?))?;
+        stream.set_nodelay(true)?;
+        let mut times = Vec::with_capacity(ROUND_TRIPS);
+        for _ in 0..ROUND_TRIPS {
+            let start = Instant::now();
+            stream.write_all(&[1])?;
+            stream.read_exact(&mut [0])?;
+            times.push(start.elapsed().as_secs_f64() * 1e6);
+        }
+        drop(stream);
+        echo.join().map_err(|_| anyhow::anyhow!("the echoing thread panicked"))??;
+        Ok(median(&mut times))
+    })
+}
+
+/// The middle value; of an even number, the mean of the two.
+pub(crate) fn median(values: &mut [f64]) -> f64 {
+    values.sort_unstable_by(f64::total_cmp);
+    let half = values.len() / 2;
+    match values.len() {
+        0 => f64::NAN,
+        length if length % 2 == 1 => values[half],
+        _ => f64::midpoint(values[half - 1], values[half]),
+    }
+}
