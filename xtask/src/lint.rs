@@ -223,9 +223,9 @@ fn deny() -> Result<()> {
         Some(program) => program,
         None => {
             if !own.exists() {
-                say(&format!("building cargo-deny into {} (some minutes, once)", own.display()));
+                say(&format!("building cargo-deny into {} (a minute or two, once)", own.display()));
                 run(clean(Command::new("cargo"))
-                    .args(["install", "--locked", "--quiet", "cargo-deny@0.20.2", "--root"])
+                    .args(["install", "--locked", "--quiet", "--debug", "cargo-deny@0.20.2", "--root"])
                     .arg(workspace::tools())
                     .env_remove("CARGO_TARGET_DIR"))?;
             }

@@ -11,6 +11,9 @@ use crate::{ebpf, workspace};
 
 const NEXTEST_VERSION: &str = "0.9.143";
 
+/// All but the end-to-end suites, and the lab's own tests, which take time too.
+const QUICK: &str = "not (package(sluice-tests) & kind(test)) or binary(conformance)";
+
 /// Programs that the end-to-end suites and the demo call.
 pub(crate) const NETWORK_TOOLS: [Need; 7] = [
     Need::program("ip", "iproute2"),
@@ -32,10 +35,15 @@ pub(crate) fn test(quick: bool, extra: &[String]) -> Result<()> {
     say("running the examples in the documentation");
     run(clean(Command::new("cargo")).args(["test", "--quiet", "--doc", "--workspace"]))?;
 
-    let filter: &[&str] = if quick { &["-E", "not (package(sluice-tests) & kind(test))"] } else { &[] };
+    let filter: &[&str] = if quick { &["-E", QUICK] } else { &[] };
     match nextest() {
         Some(nextest) => {
-            run(clean(Command::new(nextest)).args(["nextest", "run", "--workspace"]).args(filter).args(extra))
+            run(clean(Command::new(nextest))
+                .args(["nextest", "run", "--workspace"])
+                .args(filter)
+                .args(extra)
+                // Errors of the suites say what went wrong and why; a backtrace adds nothing.
+                .env("RUST_LIB_BACKTRACE", "0"))
         }
         None => {
             say("cargo-nextest cannot be had; using cargo test");
@@ -76,9 +84,9 @@ fn nextest() -> Option<PathBuf> {
             return Some(candidate);
         }
     }
-    say(&format!("building cargo-nextest into {} (some minutes, once)", own.display()));
+    say(&format!("building cargo-nextest into {} (a minute or two, once)", own.display()));
     run(clean(Command::new("cargo"))
-        .args(["install", "--locked", "--quiet"])
+        .args(["install", "--locked", "--quiet", "--debug"])
         .arg(format!("cargo-nextest@{NEXTEST_VERSION}"))
         .arg("--root")
         .arg(workspace::tools())
