@@ -24,6 +24,7 @@ use crate::store::{Store, StoreError};
 
 pub use paths::{Paths, PathsError};
 pub use privileges::PrivilegeError;
+use privileges::Role;
 
 /// How long a wait for interface events lasts; an ending daemon is noticed this late.
 const MONITOR_WAIT: Duration = Duration::from_secs(1);
@@ -101,14 +102,14 @@ pub fn run(args: &Args) -> Result<(), DaemonError> {
     let options = EngineOptions { pin_dir: paths.pin_dir.clone() };
     let make = move || -> Result<Core, DaemonError> {
         let engine = KernelEngine::open(&options)?;
-        privileges::drop_for_thread()?;
+        privileges::drop_for_thread(Role::Engine)?;
         Ok(Core::new(store, state, origin, Box::new(engine)))
     };
     let (handle, reconciler) = reconcile::start(make).map_err(|error| match error {
         StartError::Make(error) => error,
         StartError::Thread(source) => DaemonError::Io { operation: "starting the reconciler", source },
     })?;
-    privileges::drop_for_thread()?;
+    privileges::drop_for_thread(Role::Other)?;
     watch_links(handle.clone())?;
     let served = serve(args, &paths, handle.clone());
     handle.stop();

@@ -5,6 +5,8 @@
 
 mod host;
 
+use std::path::Path;
+
 use sluice_proto::v1;
 use sluice_proto::v1::Finding;
 use sluice_proto::v1::finding::Level;
@@ -94,19 +96,7 @@ fn daemon(core: &Core, identity: &Identity) -> Vec<Finding> {
             "it is written again within ten seconds; if not, see the events below",
         ));
     }
-    match std::fs::read_dir(&identity.pin_dir) {
-        Ok(entries) => {
-            let count = entries.count();
-            let detail = format!("{count} in {}", identity.pin_dir.display());
-            findings.push(finding(Level::Ok, "pins", detail, ""));
-        }
-        Err(error) => findings.push(finding(
-            Level::Problem,
-            "pins",
-            format!("{}: {error}", identity.pin_dir.display()),
-            "they are made again within ten seconds; if not, mount a bpffs there: mount -t bpf bpf /sys/fs/bpf",
-        )),
-    }
+    findings.push(pins(&identity.pin_dir));
     if core.is_untouched() {
         findings.push(finding(
             Level::Warning,
@@ -116,6 +106,23 @@ fn daemon(core: &Core, identity: &Identity) -> Vec<Finding> {
         ));
     }
     findings
+}
+
+fn pins(dir: &Path) -> Finding {
+    let count = |dir: &Path| std::fs::read_dir(dir).map(Iterator::count);
+    let counts: Result<Vec<String>, std::io::Error> = ["maps", "progs", "links"]
+        .iter()
+        .map(|kind| Ok(format!("{} {kind}", count(&dir.join(kind))?)))
+        .collect();
+    match counts {
+        Ok(counts) => finding(Level::Ok, "pins", format!("{} in {}", counts.join(", "), dir.display()), ""),
+        Err(error) => finding(
+            Level::Problem,
+            "pins",
+            format!("{}: {error}", dir.display()),
+            "they are made again within ten seconds; if not, mount a bpffs there: mount -t bpf bpf /sys/fs/bpf",
+        ),
+    }
 }
 
 fn ports(core: &Core) -> Finding {

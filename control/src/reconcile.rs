@@ -172,3 +172,21 @@ fn concerns(core: &Core, events: &[LinkEvent]) -> bool {
         LinkEvent::Overrun => true,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pass_waits_for_quiet_but_not_for_ever() {
+        let mut links = Debounce::default();
+        assert_eq!(links.due(), None);
+        let start = Instant::now();
+        links.hit(start);
+        assert_eq!(links.due(), Some(start + DEBOUNCE));
+        for step in 1..100 {
+            links.hit(start + step * DEBOUNCE / 2);
+        }
+        assert_eq!(links.due(), Some(start + DEBOUNCE_MAX));
+    }
+}

@@ -1,7 +1,7 @@
 //! Printing: the only module that writes to standard output and standard error.
-#![allow(clippy::print_stdout, clippy::print_stderr)]
+#![allow(clippy::print_stderr)]
 
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Write};
 
 use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
@@ -32,7 +32,7 @@ pub(super) enum Tone {
 
 impl Output {
     pub(super) fn new(format: Format) -> Output {
-        let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        let colour = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
         Output { format, colour }
     }
 
@@ -54,7 +54,10 @@ impl Output {
     }
 
     pub(super) fn line(&self, text: &str) {
-        println!("{text}");
+        if writeln!(io::stdout(), "{text}").is_err() {
+            // Nobody reads any more, as behind `| head`: there is nothing left to do, and nobody to tell.
+            std::process::exit(1);
+        }
     }
 
     pub(super) fn table(&self, headers: &[&str], rows: Vec<Vec<String>>) {
@@ -63,7 +66,7 @@ impl Output {
         table.set_header(headers.iter().map(|header| header.to_ascii_uppercase()));
         table.add_rows(rows);
         for line in table.to_string().lines() {
-            println!("{}", line.trim_end().strip_prefix(' ').unwrap_or(line.trim_end()));
+            self.line(line.trim_end().strip_prefix(' ').unwrap_or(line.trim_end()));
         }
     }
 
@@ -79,7 +82,7 @@ impl Output {
                 serde_yaml_ng::to_string(value).map_err(|error| error.to_string())
             }
         };
-        println!("{}", text.map_err(CliError::Print)?.trim_end());
+        self.line(text.map_err(CliError::Print)?.trim_end());
         Ok(())
     }
 
@@ -109,6 +112,6 @@ impl Output {
     }
 
     pub(super) fn completions(&self, shell: clap_complete::Shell, command: &mut clap::Command) {
-        clap_complete::generate(shell, command, "sluice", &mut std::io::stdout());
+        clap_complete::generate(shell, command, "sluice", &mut io::stdout());
     }
 }

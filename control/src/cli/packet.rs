@@ -327,4 +327,23 @@ mod tests {
             assert!(from_hex(text).is_err(), "{text}");
         }
     }
+
+    #[test]
+    fn captures_are_read() {
+        use pcap_file::pcap::{PcapPacket, PcapWriter};
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("capture");
+        let mut writer = PcapWriter::new(File::create(&path).expect("made")).expect("a header");
+        let frames = [build("dstPort=80"), build("ethertype=arp")];
+        for frame in &frames {
+            let length = u32::try_from(frame.len()).expect("short");
+            let packet = PcapPacket::new(std::time::Duration::ZERO, length, frame);
+            writer.write_packet(&packet).expect("written");
+        }
+        drop(writer);
+        assert_eq!(from_pcap(&path).expect("a capture"), frames);
+        std::fs::write(&path, "no capture").expect("written");
+        assert!(from_pcap(&path).is_err());
+        assert!(from_pcap(&dir.path().join("absent")).is_err());
+    }
 }
