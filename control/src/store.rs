@@ -2,7 +2,7 @@
 //!
 //! Besides the specs, the file keeps the numbers that stand for names in the tables (a restarted daemon must give the
 //! same numbers, or it could not adopt what is pinned), the revision, and the audit log. After each commit the same
-//! state is copied to a runtime directory whose lifetime is that of the pins; see [`runtime_copy`]. Values are messages of
+//! state is copied to a runtime directory whose lifetime is that of the pins; see [`RuntimeCopy`]. Values are messages of
 //! the protocol, so that a newer daemon reads what an older one wrote.
 //!
 //! Owned by the reconciler's thread. A lock on both directories keeps a second daemon out.
