@@ -74,12 +74,16 @@ fn frame(world: &World) -> Vec<u8> {
     sluice_tests::wire::udp4(b.mac, a.mac, (a.ip, b.ip), (programs::FIRST_SOURCE_PORT, 9000), &payload)
 }
 
-/// The generator, the switch and the receiver all run on the CPU of the thread that generates.
+fn last_cpu() -> Result<usize> {
+    Ok(std::thread::available_parallelism()?.get() - 1)
+}
+
+/// Keeps this thread, and the packets that it sends all the way to where they end, on one CPU.
 fn pin_to_last_cpu() -> Result<usize> {
-    let last = std::thread::available_parallelism()?.get() - 1;
+    let last = last_cpu()?;
     let mut set = CpuSet::new();
     set.set(last)?;
-    sched_setaffinity(Pid::from_raw(0), &set).context("pinning the generator")?;
+    sched_setaffinity(Pid::from_raw(0), &set).context("pinning a thread")?;
     Ok(last)
 }
 
@@ -114,10 +118,13 @@ pub(crate) struct Stream {
     pub(crate) cpu_s_per_gb: f64,
 }
 
-/// One TCP stream from the first guest to the second.
+/// One TCP stream from the first guest to the second. Sender and receiver have a CPU each, if there are two: where the
+/// scheduler happens to put them would make more of a difference than any switch.
 pub(crate) fn tcp(world: &World, seconds: u32) -> Result<Stream> {
     let [a, b] = &world.guests;
-    let end = tools::iperf3(&a.netns, &b.netns, &b.ip.to_string(), &["-t", &seconds.to_string()])?;
+    let affinity = format!("{},0", last_cpu()?);
+    let arguments = ["-t", &seconds.to_string(), "-A", &affinity];
+    let end = tools::iperf3(&a.netns, &b.netns, &b.ip.to_string(), &arguments)?;
     let number = |group: &str, name: &str| {
         end[group][name].as_f64().with_context(|| format!("iperf3 reports no {group}.{name}"))
     };
@@ -131,13 +138,15 @@ pub(crate) fn tcp(world: &World, seconds: u32) -> Result<Stream> {
     })
 }
 
-/// Median round trip of one byte there and one back over TCP, in microseconds.
+/// Median round trip of one byte there and one back over TCP, in microseconds, with both ends on one CPU: between CPUs
+/// it would be the time that an idle one takes to wake up.
 pub(crate) fn round_trip(world: &World) -> Result<f64> {
     let [a, b] = &world.guests;
     let listener = b.netns.enter(|| Ok(TcpListener::bind((b.ip, 0))?))?;
     let address: SocketAddr = listener.local_addr()?;
     std::thread::scope(|scope| {
         let echo = scope.spawn(move || -> Result<()> {
+            pin_to_last_cpu()?;
             let (mut stream, _) = listener.accept()?;
             stream.set_nodelay(true)?;
             let mut byte = [0];
@@ -146,17 +155,19 @@ pub(crate) fn round_trip(world: &World) -> Result<f64> {
             }
             Ok(())
         });
-        let mut stream =
-            a.netns.enter(|| Ok(TcpStream::connect_timeout(&address, Duration::from_secs(10))?))?;
-        stream.set_nodelay(true)?;
-        let mut times = Vec::with_capacity(ROUND_TRIPS);
-        for _ in 0..ROUND_TRIPS {
-            let start = Instant::now();
-            stream.write_all(&[1])?;
-            stream.read_exact(&mut [0])?;
-            times.push(start.elapsed().as_secs_f64() * 1e6);
-        }
-        drop(stream);
+        let mut times = a.netns.enter(|| {
+            pin_to_last_cpu()?;
+            let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(10))?;
+            stream.set_nodelay(true)?;
+            let mut times = Vec::with_capacity(ROUND_TRIPS);
+            for _ in 0..ROUND_TRIPS {
+                let start = Instant::now();
+                stream.write_all(&[1])?;
+                stream.read_exact(&mut [0])?;
+                times.push(start.elapsed().as_secs_f64() * 1e6);
+            }
+            Ok(times)
+        })?;
         echo.join().map_err(|_| anyhow::anyhow!("the echoing thread panicked"))??;
         Ok(median(&mut times))
     })
