@@ -74,7 +74,8 @@ impl Handle {
     }
 }
 
-/// Starts the thread. `make` runs in it, so that the engine never changes threads; its error is returned.
+/// Starts the thread, and waits for the first pass. `make` runs in it, so that the engine never changes threads; its
+/// error is returned.
 ///
 /// # Errors
 /// `make`'s, or that of starting a thread.
@@ -84,7 +85,9 @@ pub fn start<E: Send + 'static>(
     let (sender, receiver) = channel();
     let (ready, started) = channel();
     let thread = thread::Builder::new().name("reconciler".to_owned()).spawn(move || match make() {
-        Ok(core) => {
+        Ok(mut core) => {
+            // Whoever asks first shall hear what is, not that nobody has looked yet.
+            core.full_pass();
             // The starter waits for exactly this.
             let _ = ready.send(Ok(core.view()));
             run(core, &receiver);
@@ -130,7 +133,6 @@ impl Debounce {
 }
 
 fn run(mut core: Core, receiver: &Receiver<Message>) {
-    core.full_pass();
     let mut links = Debounce::default();
     let mut full_pass = Instant::now() + FULL_PASS;
     let mut ageing = Instant::now() + AGEING;

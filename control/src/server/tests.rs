@@ -155,6 +155,31 @@ async fn a_watch_sees_what_is_there_and_each_change() {
 }
 
 #[tokio::test]
+async fn after_a_restart_the_first_answer_is_of_a_finished_pass_and_after_the_end_there_is_none() {
+    let bench = Bench::start().await;
+    bench.client().await.apply(apply(BLUE)).await.expect("applied");
+    bench.handle.stop();
+    let job = |_: &mut Core| Ok(());
+    while !matches!(bench.handle.call(job).await, Err(Error::Stopping)) {}
+
+    let (state_dir, runtime_dir) = (bench.dir.path().join("state"), bench.dir.path().join("run"));
+    let engine = FakeEngine::with_netdevs(&["up0"]);
+    let behind = engine.clone();
+    let make = move || -> Result<Core, StoreError> {
+        let (store, state, origin) = Store::open(&state_dir, &runtime_dir)?;
+        Ok(Core::new(store, state, origin, Box::new(behind)))
+    };
+    let (handle, thread) = reconcile::start(make).expect("started");
+    let view = handle.view().borrow().clone();
+    let status = view.resources.values().next().and_then(|blue| blue.status.clone()).expect("it is there");
+    assert_eq!(status.state(), v1::status::State::Ready);
+    handle.stop();
+    thread.join().expect("no panic");
+    let status = bench.client().await.get_drops(v1::GetDropsRequest {}).await.expect_err("nobody there");
+    assert_eq!(status.code(), Code::Unavailable);
+}
+
+#[tokio::test]
 async fn health_and_reflection_are_served() {
     let bench = Bench::start().await;
     let request = tonic_health::pb::HealthCheckRequest { service: "sluice.v1.Sluice".to_owned() };
