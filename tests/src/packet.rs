@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::net::if_::if_nametoindex;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::netns::Netns;
@@ -105,6 +106,7 @@ impl PacketSocket {
 #[derive(Debug)]
 pub struct Tap {
     device: OwnedFd,
+    ifindex: u32,
 }
 
 impl Tap {
@@ -113,7 +115,36 @@ impl Tap {
     /// # Errors
     /// When the kernel refuses.
     pub fn open(netns: &Netns, name: &str) -> Result<Tap> {
-        Ok(Tap { device: netns.enter(|| sys::open_tap(name))? })
+        netns.enter(|| Tap::open_here(name))
+    }
+
+    /// Opens (and creates, if need be) the tap `name` in the calling thread's namespace.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn open_here(name: &str) -> Result<Tap> {
+        let device = sys::open_tap(name)?;
+        let ifindex = if_nametoindex(name).with_context(|| format!("no interface {name}"))?;
+        Ok(Tap { device, ifindex })
+    }
+
+    /// Its interface index.
+    pub fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
+    /// The frames to the VM that are there now.
+    ///
+    /// # Errors
+    /// When reading fails.
+    pub fn drain(&self) -> Result<Vec<Vec<u8>>> {
+        let mut frames = Vec::new();
+        let mut buffer = vec![0; FRAME_MAX];
+        while readable(&self.device, Instant::now())? {
+            let length = nix::unistd::read(&self.device, &mut buffer).context("reading from the tap")?;
+            frames.push(buffer[..length].to_vec());
+        }
+        Ok(frames)
     }
 
     /// Sends a frame as the VM.

@@ -96,27 +96,37 @@ impl Attachments {
         Ok(())
     }
 
-    /// Gives links of ports that are no longer wanted to those that now own the same interface, so that it is never
-    /// without a program. `wanted` is the interface of every wanted port.
+    /// Gives every link to the port that now owns its interface, however ports and interfaces were exchanged, so that no
+    /// interface is ever without a program. `wanted` is the interface of every wanted port. Links that nobody inherits
+    /// stay with their ports; those that stand in the way of an heir are detached.
     pub(crate) fn hand_over(&mut self, wanted: &BTreeMap<&str, u32>, pins: &Pins) -> Result<(), EngineError> {
         let heirs: BTreeMap<u32, &str> = wanted.iter().map(|(port, ifindex)| (*ifindex, *port)).collect();
         let moves: Vec<(String, LinkKind, &str)> = self
             .links
             .iter()
-            .filter(|((port, _), link)| wanted.get(port.as_str()) != Some(&link.info.ifindex))
             .filter_map(|((port, kind), link)| {
                 let heir = *heirs.get(&link.info.ifindex)?;
-                (!self.is_attached(heir, *kind, link.info.ifindex)).then(|| (port.clone(), *kind, heir))
+                (heir != port && !self.is_attached(heir, *kind, link.info.ifindex))
+                    .then(|| (port.clone(), *kind, heir))
             })
             .collect();
-        for (port, kind, heir) in moves {
+        // Two steps, as the name one of them leaves may be the name that another takes.
+        let mut moving = Vec::new();
+        for (number, (port, kind, heir)) in moves.into_iter().enumerate() {
             let Some(link) = self.links.remove(&(port.clone(), kind)) else { continue };
-            let path = pins.link(heir, kind);
+            let aside = pins.links().join(format!("moving-{number}"));
+            pins::unpin(&aside)?;
+            loader::repin(link.fd.as_fd(), &pins.link(&port, kind))?; // in case somebody took the pin away
+            pins::rename(&pins.link(&port, kind), &aside)?;
+            moving.push((heir.to_owned(), kind, link, aside));
+        }
+        for (heir, kind, link, aside) in moving {
+            let path = pins.link(&heir, kind);
             pins::unpin(&path)?;
-            syscall::pin(link.fd.as_fd(), &path)
-                .map_err(EngineError::io(format!("pinning {}", path.display())))?;
-            pins::unpin(&pins.link(&port, kind))?;
-            self.links.insert((heir.to_owned(), kind), link);
+            pins::rename(&aside, &path)?;
+            if let Some(displaced) = self.links.insert((heir, kind), link) {
+                displaced.detach();
+            }
         }
         Ok(())
     }

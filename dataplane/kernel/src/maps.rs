@@ -9,8 +9,8 @@ use std::path::Path;
 
 use bytemuck::{Pod, Zeroable};
 use sluice_pipeline::tables::{
-    AclGroup, FdbEntry, FdbKey, FloodChunk, FloodKey, Globals, IpGuardKey, MacKey, PortConfig, PortStats,
-    RuleEntry, RuleKey, RuleStats, SwitchConfig, TrunkBitmap, TupleChunk, TupleKey,
+    AclGroup, FdbEntry, FdbKey, FloodChunk, FloodKey, Globals, IFINDEX_LOW, IpGuardKey, MacKey, PortConfig,
+    PortStats, RuleEntry, RuleKey, RuleStats, SwitchConfig, TrunkBitmap, TupleChunk, TupleKey,
 };
 
 use crate::EngineError;
@@ -176,6 +176,41 @@ impl<K: Pod, V: Pod> Table<K, V> {
     }
 }
 
+/// Which interface is which port: an array for low interface indexes and a hash for the others, as one table.
+#[derive(Debug)]
+pub(crate) struct PortOf {
+    pub(crate) name: &'static str,
+    low: Table<u32, u32>,
+    high: Table<u32, u32>,
+}
+
+impl PortOf {
+    fn open(dir: &Path) -> Result<Self, EngineError> {
+        let (low, high) = (Table::open(dir, "PORT_OF")?, Table::open(dir, "PORT_OF_HIGH")?);
+        Ok(PortOf { name: low.name, low, high })
+    }
+
+    pub(crate) fn set_all(&self, elements: &[(u32, u32)]) -> Result<(), EngineError> {
+        let (low, high): (Vec<_>, Vec<_>) = elements.iter().partition(|(ifindex, _)| *ifindex < IFINDEX_LOW);
+        self.low.set_all(&low)?;
+        self.high.set_all(&high)
+    }
+
+    pub(crate) fn remove_all(&self, ifindexes: &[u32]) -> Result<(), EngineError> {
+        let (low, high): (Vec<u32>, Vec<u32>) = ifindexes.iter().partition(|ifindex| **ifindex < IFINDEX_LOW);
+        let low: Vec<_> = low.into_iter().map(|ifindex| (ifindex, 0)).collect();
+        self.low.set_all(&low)?;
+        self.high.remove_all(&high)
+    }
+
+    pub(crate) fn dump(&self) -> Result<Vec<(u32, u32)>, EngineError> {
+        let mut elements = self.low.dump()?;
+        elements.retain(|(_, port)| *port != 0);
+        elements.extend(self.high.dump()?);
+        Ok(elements)
+    }
+}
+
 impl<V: Pod> Counters<V> {
     fn open(dir: &Path, name: &'static str, cpus: usize) -> Result<Self, EngineError> {
         let (fd, max_entries) = open(dir, name, size_of::<u32>(), size_of::<V>())?;
@@ -274,7 +309,7 @@ pub(crate) struct DevmapValue {
 /// Every map that user space reads or writes.
 #[derive(Debug)]
 pub(crate) struct Maps {
-    pub(crate) port_of: Table<u32, u32>,
+    pub(crate) port_of: PortOf,
     pub(crate) port_live: Table<u32, u32>,
     pub(crate) ports: Table<u32, PortConfig>,
     pub(crate) trunks: Table<u32, TrunkBitmap>,
@@ -301,7 +336,7 @@ impl Maps {
         let cpus = aya::util::nr_cpus()
             .map_err(|(path, source)| EngineError::Io { operation: format!("reading {path}"), source })?;
         Ok(Maps {
-            port_of: Table::open(dir, "PORT_OF")?,
+            port_of: PortOf::open(dir)?,
             port_live: Table::open(dir, "PORT_LIVE")?,
             ports: Table::open(dir, "PORTS")?,
             trunks: Table::open(dir, "TRUNKS")?,

@@ -114,7 +114,7 @@ impl Pins {
     }
 }
 
-fn rename(from: &Path, to: &Path) -> Result<(), EngineError> {
+pub(crate) fn rename(from: &Path, to: &Path) -> Result<(), EngineError> {
     let operation = format!("renaming {} to {}", from.display(), to.display());
     fs::rename(from, to).map_err(EngineError::io(operation))
 }

@@ -5,8 +5,8 @@
 
 use crate::decide::Context;
 use crate::tables::{
-    AclConfig, AclKey, AclVerdict, CACHE_SLOTS, Direction, LoopBody, NO_RULE, PORT_GROUPS_MAX, PortConfig,
-    RuleKey, TUPLE_CHUNK, TUPLES_MAX, Tables, TupleChunk, TupleKey, Vlan, acl_action,
+    AclConfig, AclKey, AclVerdict, CACHE_SLOTS, CACHE_WAYS, Direction, LoopBody, NO_RULE, PORT_GROUPS_MAX,
+    PortConfig, RuleKey, TUPLE_CHUNK, TUPLES_MAX, Tables, TupleChunk, TupleKey, Vlan, acl_action,
 };
 
 /// Identifier of a mask in [`RuleKey::tuple`].
@@ -183,20 +183,29 @@ pub fn acl_verdicts<T: Tables>(tables: &T, context: &mut Context, ingress: u32, 
     // The epoch is read before any rule is: if tables change meanwhile, what is stored here is already outdated.
     let epoch = tables.epoch();
     let hash = mix(context.headers.key.words(), (u64::from(ingress) << 32) | u64::from(egress));
-    let slot = hash as u32 & (CACHE_SLOTS - 1);
-    if let Some(cached) = tables.cache(slot)
-        && cached.epoch == epoch
-        && cached.ingress == ingress
-        && cached.egress == egress
-        && same(&cached.key, &context.headers.key)
-    {
-        if ingress != 0 {
-            context.from_vm = cached.from_vm;
+    let set = hash as u32 & (CACHE_SLOTS - 1) & !(CACHE_WAYS - 1);
+    // To be overwritten on a miss: an outdated slot, or any.
+    let mut victim = set + ((hash >> 32) as u32 & (CACHE_WAYS - 1));
+    let mut way = 0;
+    while way < CACHE_WAYS {
+        let Some(cached) = tables.cache(set + way) else {
+            break;
+        };
+        if cached.epoch != epoch {
+            victim = set + way;
+        } else if cached.ingress == ingress
+            && cached.egress == egress
+            && same(&cached.key, &context.headers.key)
+        {
+            if ingress != 0 {
+                context.from_vm = cached.from_vm;
+            }
+            if egress != 0 {
+                context.to_vm = cached.to_vm;
+            }
+            return;
         }
-        if egress != 0 {
-            context.to_vm = cached.to_vm;
-        }
-        return;
+        way += 1;
     }
     tables.count_cache_miss(if ingress != 0 { ingress } else { egress });
     if ingress != 0
@@ -211,7 +220,7 @@ pub fn acl_verdicts<T: Tables>(tables: &T, context: &mut Context, ingress: u32, 
         let acl = &port.acl[Direction::ToVm as usize];
         context.to_vm = classify(tables, acl, Direction::ToVm, &context.headers.key);
     }
-    if let Some(cached) = tables.cache(slot) {
+    if let Some(cached) = tables.cache(victim) {
         cached.key = context.headers.key.masked(&EVERYTHING); // word by word: a copy would be a call
         cached.epoch = epoch;
         cached.ingress = ingress;

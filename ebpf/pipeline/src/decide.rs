@@ -6,7 +6,8 @@ use crate::parse::{Frame, Headers, Tag, parse};
 use crate::reason::DropReason;
 use crate::tables::{
     AclVerdict, Direction, FLOOD_CHUNK, FLOOD_CHUNKS_MAX, FLOOD_TRUNKS, FLOOD_UNKNOWN, FdbKey, FloodChunk,
-    FloodKey, LoopBody, MacKey, NO_RULE, PortConfig, Tables, Vlan, acl_action, mac_word, port_flag,
+    FloodKey, LoopBody, MacKey, NO_RULE, PORTS_MAX, PortConfig, ROUTE_BITS, Tables, Vlan, acl_action,
+    mac_word, port_flag,
 };
 use crate::vlan;
 
@@ -208,6 +209,7 @@ pub fn decide<P: Packet, T: Tables>(
     }
     tables.stage(Stage::IpGuard);
     if port.flags & port_flag::IP_GUARD != 0
+        && !guard::has_first_ipv4(port, &context.headers)
         && let Err(reason) = packet.ip_guard(tables, ingress, &context.headers)
     {
         return early_drop(reason);
@@ -281,8 +283,9 @@ fn route<'a, T: Tables>(tables: &'a T, context: &Context) -> Route<'a> {
         return route;
     }
     route.kind = RouteKind::Unknown;
-    if let Some(id) = tables.vnic_mac(&MacKey::from_word(context.switch, destination)) {
-        route.id = id;
+    route.id = owner(tables, context.switch, destination);
+    if route.id != 0 {
+        // One of our own.
     } else if let Some(switch) = tables.switch(context.switch) {
         let key = FdbKey::from_word(context.switch, key.vlan, destination);
         if let Some(entry) = tables.fdb(&key)
@@ -293,12 +296,40 @@ fn route<'a, T: Tables>(tables: &'a T, context: &Context) -> Route<'a> {
     }
     if route.id != 0 {
         route.kind = RouteKind::Port;
-        if let Some((port, slot)) = tables.port(route.id) {
+        // The kernel may reuse a deleted element at once: what was read may be of another switch.
+        if let Some((port, slot)) = tables.port(route.id)
+            && port.switch == context.switch
+        {
             route.port = Some(port);
             route.slot = slot;
         }
     }
     route
+}
+
+/// The port that owns a static address, or 0.
+#[inline(always)]
+fn owner<T: Tables>(tables: &T, switch: u32, mac: u64) -> u32 {
+    let key = MacKey::from_word(switch, mac);
+    let word: u64 = bytemuck::cast(key);
+    let epoch = tables.epoch() as u32;
+    let index = (word.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - ROUTE_BITS)) as u32;
+    let slot = tables.route_cache(index);
+    if let Some(slot) = &slot
+        && slot.key == word
+        && slot.epoch == epoch
+    {
+        return slot.port;
+    }
+    let Some(port) = tables.vnic_mac(&key) else {
+        return 0;
+    };
+    if let Some(slot) = slot {
+        slot.key = word;
+        slot.epoch = epoch;
+        slot.port = port;
+    }
+    port
 }
 
 /// Learns the source address, unless it is one of our own.
@@ -389,65 +420,76 @@ pub fn flood<T: Tables, S: Sink>(tables: &T, context: &mut Context, sink: &mut S
 
 #[inline(always)]
 fn list<T: Tables, S: Sink>(tables: &T, context: &mut Context, vlan: Vlan, sink: &mut S, found: &mut bool) {
-    let mut chunks = Chunks { tables, context, vlan, sink, found: false };
-    tables.repeat(FLOOD_CHUNKS_MAX, &mut chunks);
-    *found |= chunks.found;
+    let mut walk =
+        Walk { tables, context, sink, chunk: None, vlan, next_chunk: 0, next: 0, count: 0, found: false };
+    tables.repeat(FLOOD_CHUNKS_MAX + PORTS_MAX, &mut walk);
+    *found |= walk.found;
 }
 
-/// Walks the chunks of a flood list.
-struct Chunks<'a, T, S> {
+/// Walks the ports of a flood list, chunk by chunk: one loop, since BPF frames are small.
+struct Walk<'a, T, S> {
     tables: &'a T,
     context: &'a mut Context,
-    vlan: Vlan,
     sink: &'a mut S,
+    chunk: Option<&'a FloodChunk>,
+    vlan: Vlan,
+    next_chunk: u32,
+    /// Next port of the chunk, and how many it has.
+    next: u32,
+    count: u32,
     found: bool,
 }
 
-impl<T: Tables, S: Sink> LoopBody for Chunks<'_, T, S> {
+impl<T: Tables, S: Sink> LoopBody for Walk<'_, T, S> {
     #[inline(always)]
-    fn step(&mut self, round: u32) -> bool {
-        let key = FloodKey { switch: self.context.switch, vlan: self.vlan, chunk: round as u16 };
-        let Some(chunk) = self.tables.flood(&key) else {
+    fn step(&mut self, _round: u32) -> bool {
+        let next = self.next;
+        if next >= self.count {
+            return self.enter_chunk();
+        }
+        self.next = next + 1;
+        let Some(chunk) = self.chunk else {
             return false;
         };
-        let count = if chunk.count < FLOOD_CHUNK as u32 { chunk.count } else { FLOOD_CHUNK as u32 };
-        let mut ports = Ports {
-            tables: self.tables,
-            context: &mut *self.context,
-            sink: &mut *self.sink,
-            chunk,
-            found: false,
-        };
-        self.tables.repeat(count, &mut ports);
-        self.found |= ports.found;
-        count == FLOOD_CHUNK as u32
+        if next >= FLOOD_CHUNK as u32 {
+            return false;
+        }
+        self.visit(chunk.ports[next as usize]);
+        true
     }
 }
 
-/// Walks the ports of a chunk.
-struct Ports<'a, T, S> {
-    tables: &'a T,
-    context: &'a mut Context,
-    sink: &'a mut S,
-    chunk: &'a FloodChunk,
-    found: bool,
-}
-
-impl<T: Tables, S: Sink> LoopBody for Ports<'_, T, S> {
+impl<T: Tables, S: Sink> Walk<'_, T, S> {
+    /// Goes on to the next chunk, unless the last one was the last.
     #[inline(always)]
-    fn step(&mut self, round: u32) -> bool {
-        if round >= FLOOD_CHUNK as u32 {
+    fn enter_chunk(&mut self) -> bool {
+        if self.next_chunk > 0 && self.count < FLOOD_CHUNK as u32 {
             return false;
         }
-        let id = self.chunk.ports[round as usize];
+        let key = FloodKey { switch: self.context.switch, vlan: self.vlan, chunk: self.next_chunk as u16 };
+        self.next_chunk += 1;
+        self.next = 0;
+        self.chunk = self.tables.flood(&key);
+        let Some(chunk) = self.chunk else {
+            return false;
+        };
+        self.count = if chunk.count < FLOOD_CHUNK as u32 { chunk.count } else { FLOOD_CHUNK as u32 };
+        true
+    }
+
+    #[inline(always)]
+    fn visit(&mut self, id: u32) {
         if id == self.context.ingress {
-            return true;
+            return;
         }
         let Some((port, slot)) = self.tables.port(id) else {
-            return true;
+            return;
         };
-        if !vlan::carries(self.tables, port, slot, self.context.headers.key.vlan) {
-            return true; // not a destination of this flood, so its ACL is not asked
+        // Not a destination of this flood, so its ACL is not asked. (For the switch, see `route`.)
+        if port.switch != self.context.switch
+            || !vlan::carries(self.tables, port, slot, self.context.headers.key.vlan)
+        {
+            return;
         }
         acl::look_up(self.tables, self.context, None, Some((id, port)));
         match deliver(self.tables, self.context, id, port, slot) {
@@ -461,6 +503,5 @@ impl<T: Tables, S: Sink> LoopBody for Ports<'_, T, S> {
                 self.tables.count_drop(id, reason);
             }
         }
-        true
     }
 }

@@ -42,6 +42,16 @@ pub(crate) fn mac(port: &PortConfig, headers: &Headers) -> Result<(), DropReason
     Ok(())
 }
 
+/// Whether this is an IPv4 packet from one of the addresses in the port's configuration, so that [`ip_guard`] would let
+/// it pass.
+#[inline(always)]
+pub(crate) fn has_first_ipv4(port: &PortConfig, headers: &Headers) -> bool {
+    let source = (headers.key.words()[1] >> 32) as u32;
+    headers.key.facts & (fact::IP | fact::IPV6) == fact::IP
+        && source != 0
+        && (source == port.guard_ipv4[0] || source == port.guard_ipv4[1])
+}
+
 /// Stage 4, for a port whose IP guard is on.
 ///
 /// # Errors

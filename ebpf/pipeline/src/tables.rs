@@ -15,10 +15,12 @@ use bytemuck::{Pod, Zeroable};
 use crate::reason::DropReason;
 
 /// Version of every layout in this module. Pinned maps of another version are never adopted.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Most ports on one host. Port 0 is never given out: frames of unknown origin are counted there.
 pub const PORTS_MAX: u32 = 4096;
+/// Interface indexes below this are looked up in an array, others in a hash.
+pub const IFINDEX_LOW: u32 = 65_536;
 /// Most switches on one host.
 pub const SWITCHES_MAX: u32 = 1024;
 /// Most ACL groups that one vNIC may refer to (including the group made of its own rules).
@@ -31,6 +33,12 @@ pub const RULE_ENTRIES_MAX: u32 = 1_048_576;
 pub const TUPLES_MAX: u32 = 4096;
 /// Slots of the verdict cache, per CPU. A power of two.
 pub const CACHE_SLOTS: u32 = 8192;
+/// Neighbouring slots in which a verdict may be. A power of two.
+pub const CACHE_WAYS: u32 = 4;
+/// Slots of the route cache, per CPU: [`ROUTE_BITS`] bits' worth.
+pub const ROUTE_SLOTS: u32 = 1 << ROUTE_BITS;
+/// Binary logarithm of [`ROUTE_SLOTS`].
+pub const ROUTE_BITS: u32 = 10;
 /// Most learnt FDB entries.
 pub const FDB_MAX: u32 = 65_536;
 /// Most vNIC addresses.
@@ -183,6 +191,9 @@ pub struct PortConfig {
     pub reserved: u8,
     /// Most FDB entries that may be learnt from here.
     pub learn_limit: u32,
+    /// The first IPv4 addresses of the IP guard, as they are in packets, or 0: the answer for most packets without a
+    /// look-up. All addresses are in the IP guard table too.
+    pub guard_ipv4: [u32; 2],
     /// The port's own addresses, as [`mac_word`] has them. Each is also an entry of the static MAC table.
     pub macs: [u64; PORT_MACS_MAX],
     /// ACL, by [`Direction`].
@@ -525,7 +536,7 @@ pub struct AclVerdict {
 /// [`AclVerdict::counter`] when no rule matched and the default decided.
 pub const NO_RULE: u32 = u32::MAX;
 
-/// A slot of the verdict cache: direct-mapped, one array per CPU, valid only in its epoch.
+/// A slot of the verdict cache: one array per CPU, [`CACHE_WAYS`]-way associative, valid only in its epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct CacheSlot {
@@ -541,6 +552,18 @@ pub struct CacheSlot {
     pub from_vm: AclVerdict,
     /// The destination's ACL, to-vm.
     pub to_vm: AclVerdict,
+}
+
+/// A slot of the route cache: the owner of a static address. One direct-mapped array per CPU, valid only in its epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct RouteSlot {
+    /// The [`MacKey`] as a number; 0, which is the key of no address, in an empty slot.
+    pub key: u64,
+    /// Low half of the [`Globals::epoch`] under which the port was found.
+    pub epoch: u32,
+    /// The port.
+    pub port: u32,
 }
 
 /// A port's counters.
@@ -615,6 +638,12 @@ pub trait Tables {
     /// A slot of this CPU's (or worker's) verdict cache, or `None` to go without. `slot` is below [`CACHE_SLOTS`].
     #[allow(clippy::mut_from_ref)] // the cache belongs to the running CPU alone
     fn cache(&self, slot: u32) -> Option<&mut CacheSlot>;
+    /// A slot of this CPU's (or worker's) route cache, or `None` to go without. `slot` is below [`ROUTE_SLOTS`].
+    #[allow(clippy::mut_from_ref)] // as above
+    #[inline(always)]
+    fn route_cache(&self, _slot: u32) -> Option<&mut RouteSlot> {
+        None
+    }
     /// Monotonic clock in nanoseconds.
     fn now(&self) -> u64;
     /// Monotonic clock in seconds; may be coarse.

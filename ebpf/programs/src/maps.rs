@@ -3,18 +3,22 @@
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, DevMap, HashMap, PerCpuArray};
 use sluice_pipeline::tables::{
-    AclGroup, CACHE_SLOTS, CacheSlot, FDB_MAX, FdbEntry, FdbKey, FloodChunk, FloodKey, Globals, IP_GUARD_MAX,
-    IpGuardKey, MacKey, PORTS_MAX, PortConfig, PortStats, RULE_ENTRIES_MAX, RULES_MAX, RuleEntry, RuleKey,
-    RuleStats, SWITCHES_MAX, SwitchConfig, TrunkBitmap, TupleChunk, TupleKey, VNIC_MACS_MAX,
+    AclGroup, CACHE_SLOTS, CacheSlot, FDB_MAX, FdbEntry, FdbKey, FloodChunk, FloodKey, Globals, IFINDEX_LOW,
+    IP_GUARD_MAX, IpGuardKey, MacKey, PORTS_MAX, PortConfig, PortStats, ROUTE_SLOTS, RULE_ENTRIES_MAX,
+    RULES_MAX, RouteSlot, RuleEntry, RuleKey, RuleStats, SWITCHES_MAX, SwitchConfig, TrunkBitmap, TupleChunk,
+    TupleKey, VNIC_MACS_MAX,
 };
 use sluice_pipeline::{Context, REASONS_MAX};
 
 /// `BPF_F_NO_PREALLOC`: elements are allocated as they come.
 const ON_DEMAND: u32 = 1;
 
-/// Interface index to port.
+/// Interface index to port, for low indexes; 0 is none.
 #[map]
-pub static PORT_OF: HashMap<u32, u32> = HashMap::with_max_entries(PORTS_MAX * 2, 0);
+pub static PORT_OF: Array<u32> = Array::with_max_entries(IFINDEX_LOW, 0);
+/// Interface index to port, for the others.
+#[map]
+pub static PORT_OF_HIGH: HashMap<u32, u32> = HashMap::with_max_entries(PORTS_MAX * 2, ON_DEMAND);
 /// Port to the live one of its two slots; 0 is none.
 #[map]
 pub static PORT_LIVE: Array<u32> = Array::with_max_entries(PORTS_MAX, 0);
@@ -57,6 +61,9 @@ pub static ACL_RULES: HashMap<RuleKey, RuleEntry> = HashMap::with_max_entries(RU
 /// Verdict caches.
 #[map]
 pub static CACHE: PerCpuArray<CacheSlot> = PerCpuArray::with_max_entries(CACHE_SLOTS, 0);
+/// Route caches.
+#[map]
+pub static ROUTES: PerCpuArray<RouteSlot> = PerCpuArray::with_max_entries(ROUTE_SLOTS, 0);
 /// Token buckets: theoretical arrival times by direction.
 #[map]
 pub static BUCKETS: Array<[u64; 2]> = Array::with_max_entries(PORTS_MAX, 0);

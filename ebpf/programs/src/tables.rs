@@ -4,8 +4,8 @@ use core::ffi::c_void;
 
 use aya_ebpf::helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_loop};
 use sluice_pipeline::tables::{
-    AclGroup, CacheSlot, Direction, FdbEntry, FdbKey, FloodChunk, FloodKey, IpGuardKey, MacKey, PortConfig,
-    PortStats, RateConfig, RuleEntry, RuleKey, SwitchConfig, TupleChunk, TupleKey,
+    AclGroup, CacheSlot, Direction, FdbEntry, FdbKey, FloodChunk, FloodKey, IFINDEX_LOW, IpGuardKey, MacKey,
+    PortConfig, PortStats, RateConfig, RouteSlot, RuleEntry, RuleKey, SwitchConfig, TupleChunk, TupleKey,
 };
 use sluice_pipeline::{Context, DropReason, LoopBody, REASONS_MAX, Tables, acl_verdicts, conform};
 
@@ -20,6 +20,16 @@ const EXISTS: i32 = -17;
 
 /// The maps; `COMPLETE` as in [`Tables::COMPLETE`].
 pub struct Maps<const COMPLETE: bool>;
+
+/// The port bound to an interface, or 0.
+#[inline(always)]
+pub fn port_of(ifindex: u32) -> u32 {
+    if ifindex < IFINDEX_LOW {
+        return maps::PORT_OF.get(ifindex).copied().unwrap_or(0);
+    }
+    // SAFETY: one word.
+    unsafe { maps::PORT_OF_HIGH.get(ifindex) }.copied().unwrap_or(0)
+}
 
 /// This CPU's counters of a port.
 #[inline(always)]
@@ -119,6 +129,12 @@ impl<const COMPLETE: bool> Tables for Maps<COMPLETE> {
     fn cache(&self, slot: u32) -> Option<&mut CacheSlot> {
         // SAFETY: per-CPU element, and the programs run with softirqs off: nobody else touches it meanwhile.
         maps::CACHE.get_ptr_mut(slot).map(|slot| unsafe { &mut *slot })
+    }
+
+    #[inline(always)]
+    fn route_cache(&self, slot: u32) -> Option<&mut RouteSlot> {
+        // SAFETY: as for `cache`.
+        maps::ROUTES.get_ptr_mut(slot).map(|slot| unsafe { &mut *slot })
     }
 
     #[inline(always)]

@@ -13,7 +13,7 @@ use sluice_pipeline::{
 
 use crate::maps;
 use crate::packet::{Linear, clear};
-use crate::tables::{Maps, count_tx};
+use crate::tables::{Maps, count_tx, port_of};
 
 const TABLES: Maps<true> = Maps;
 
@@ -23,8 +23,7 @@ pub fn ingress(ctx: &TcContext) -> i32 {
     let skb = Skb { ctx: ctx.skb.skb };
     // SAFETY: the context is valid while the program runs.
     let (ifindex, length) = unsafe { ((*skb.ctx).ifindex, (*skb.ctx).len) };
-    // SAFETY: one word.
-    let port = unsafe { maps::PORT_OF.get(ifindex) }.copied().unwrap_or(0);
+    let port = port_of(ifindex);
     let Some(context) = maps::SCRATCH.get_ptr_mut(0) else {
         return TC_ACT_SHOT;
     };
@@ -39,7 +38,10 @@ pub fn ingress(ctx: &TcContext) -> i32 {
         TABLES.count_drop(port, DropReason::MalformedEthernet);
         return TC_ACT_SHOT;
     }
-    match decide(&skb, &TABLES, port, length, context) {
+    // What travels beside the bytes counts: XDP, and the wire, have it among them.
+    // SAFETY: the context is valid while the program runs.
+    let bytes = if unsafe { (*skb.ctx).vlan_present } == 0 { length } else { length + 4 };
+    match decide(&skb, &TABLES, port, bytes, context) {
         Verdict::Unicast(delivery) => unicast(ctx, context, &delivery),
         Verdict::Flood => {
             // What was dropped has been counted.

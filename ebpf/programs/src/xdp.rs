@@ -11,7 +11,7 @@ use sluice_pipeline::{
 
 use crate::maps;
 use crate::packet::{Linear, clear};
-use crate::tables::{Maps, count_tx};
+use crate::tables::{Maps, count_tx, port_of};
 
 const TABLES: Maps<false> = Maps;
 
@@ -20,8 +20,7 @@ const TABLES: Maps<false> = Maps;
 pub fn ingress(ctx: &XdpContext) -> u32 {
     // SAFETY: the context is valid while the program runs.
     let (ifindex, length) = unsafe { ((*ctx.ctx).ingress_ifindex, bpf_xdp_get_buff_len(ctx.ctx) as u32) };
-    // SAFETY: one word.
-    let port = unsafe { maps::PORT_OF.get(ifindex) }.copied().unwrap_or(0);
+    let port = port_of(ifindex);
     let Some(context) = maps::SCRATCH.get_ptr_mut(0) else {
         return XDP_DROP;
     };
@@ -36,7 +35,7 @@ pub fn ingress(ctx: &XdpContext) -> u32 {
     if data + window as usize > data_end {
         return XDP_PASS; // headers spread over several buffers: TCX can pull them together
     }
-    match decide(&Buffer { ctx: ctx.ctx }, &TABLES, port, length, context) {
+    match decide(&Buffer { ctx: ctx.ctx, length }, &TABLES, port, length, context) {
         Verdict::Unicast(delivery) => {
             if rewrite(ctx, context, &delivery).is_err() {
                 TABLES.count_drop(delivery.port, DropReason::EgressFailed);
@@ -53,29 +52,29 @@ pub fn ingress(ctx: &XdpContext) -> u32 {
 /// A frame as XDP has it; see `tc::Skb`.
 struct Buffer {
     ctx: *mut xdp_md,
+    length: u32,
 }
 
 impl Packet for Buffer {
     #[inline(always)]
     fn parse(&self, headers: &mut Headers) -> Result<(), DropReason> {
         // SAFETY: both pointers are valid while the program runs.
-        DropReason::from_code(unsafe { sluice_xdp_parse(self.ctx, headers) })
+        DropReason::from_code(unsafe { sluice_xdp_parse(self.ctx, headers, self.length) })
     }
 
     #[inline(always)]
     fn ip_guard<T: Tables>(&self, _: &T, port: u32, headers: &Headers) -> Result<(), DropReason> {
         // SAFETY: both pointers are valid while the program runs.
-        DropReason::from_code(unsafe { sluice_xdp_ip_guard(self.ctx, headers, port) })
+        DropReason::from_code(unsafe { sluice_xdp_ip_guard(self.ctx, headers, port, self.length) })
     }
 }
 
 /// # Safety
 /// `ctx` is the running program's context.
 #[inline(always)]
-unsafe fn linear(ctx: *mut xdp_md) -> Linear {
+unsafe fn linear(ctx: *mut xdp_md, length: u32) -> Linear {
     // SAFETY: the caller's.
     unsafe {
-        let length = bpf_xdp_get_buff_len(ctx) as u32;
         Linear { data: (*ctx).data as usize, data_end: (*ctx).data_end as usize, length, tag: Tag::NONE }
     }
 }
@@ -83,23 +82,28 @@ unsafe fn linear(ctx: *mut xdp_md) -> Linear {
 /// Sub-program: parse. Returns [`DropReason::code`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-unsafe extern "C" fn sluice_xdp_parse(ctx: *mut xdp_md, headers: *mut Headers) -> u32 {
+unsafe extern "C" fn sluice_xdp_parse(ctx: *mut xdp_md, headers: *mut Headers, length: u32) -> u32 {
     if headers.is_null() {
         return DropReason::TableInconsistent as u32;
     }
     // SAFETY: the program's context, and memory that the verifier knows to be a `Headers`.
-    DropReason::code(unsafe { parse(&linear(ctx), &mut *headers) })
+    DropReason::code(unsafe { parse(&linear(ctx, length), &mut *headers) })
 }
 
 /// Sub-program: IP guard. Returns [`DropReason::code`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-unsafe extern "C" fn sluice_xdp_ip_guard(ctx: *mut xdp_md, headers: *const Headers, port: u32) -> u32 {
+unsafe extern "C" fn sluice_xdp_ip_guard(
+    ctx: *mut xdp_md,
+    headers: *const Headers,
+    port: u32,
+    length: u32,
+) -> u32 {
     if headers.is_null() {
         return DropReason::TableInconsistent as u32;
     }
     // SAFETY: as above.
-    DropReason::code(unsafe { ip_guard(&linear(ctx), &TABLES, port, &*headers) })
+    DropReason::code(unsafe { ip_guard(&linear(ctx, length), &TABLES, port, &*headers) })
 }
 
 /// Takes the tag off, puts one on, or changes it.

@@ -52,12 +52,12 @@ impl Pass<'_> {
         self.write_switches()?;
         self.add_ip_guard()?;
         let ports_changed = self.write_ports()?;
-        self.write_addresses()?;
+        let addresses_changed = self.write_addresses()?;
         self.write_flood()?;
         let refused = self.write_devmap()?;
         self.write_port_of()?;
         // Attaching many takes seconds (a grace period each), and what is attached already need not wait for it.
-        if acl_changed || ports_changed {
+        if acl_changed || ports_changed || addresses_changed {
             self.raise_epoch()?;
         }
         self.remove_ip_guard()?;

@@ -171,8 +171,8 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Writes the static addresses.
-    pub(super) fn write_addresses(&mut self) -> Result<(), EngineError> {
+    /// Writes the static addresses. Says whether any changed, as they are cached too.
+    pub(super) fn write_addresses(&mut self) -> Result<bool, EngineError> {
         let difference = difference(&self.mirror.macs, &self.image.macs);
         let table = &self.loaded.maps.vnic_macs;
         table.set_all(&difference.writes)?;
@@ -180,7 +180,7 @@ impl Pass<'_> {
         self.writes.updated(table.name, difference.writes.len());
         self.writes.deleted(table.name, difference.deletes.len());
         self.mirror.macs.clone_from(&self.image.macs);
-        Ok(())
+        Ok(!difference.is_empty())
     }
 
     /// Writes the flood lists: growing ones from the end, shrinking ones from the start, so that a port that moves from

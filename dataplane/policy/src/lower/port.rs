@@ -33,6 +33,7 @@ const fn blank(kind: u8, switch: u32) -> PortConfig {
         mac_count: 0,
         reserved: 0,
         learn_limit: 0,
+        guard_ipv4: [0; 2],
         macs: [0; PORT_MACS_MAX],
         acl: [OPEN; 2],
         rate: [UNLIMITED; 2],
@@ -92,6 +93,7 @@ pub(super) fn vnic(vnic: &Vnic, switch: u32, acl: [AclConfig; 2]) -> PortImage {
     set(&mut config, port_flag::DHCP_GUARD, policy.dhcp_guard);
     set(&mut config, port_flag::RA_GUARD, policy.ra_guard);
     set(&mut config, port_flag::UNKNOWN_UNICAST, policy.unknown_unicast);
+    config.guard_ipv4 = first_ipv4(policy);
     config.learn_limit = learn_limit(policy);
     let learns = config.learn_limit > 0;
     set(&mut config, port_flag::LEARN, learns);
@@ -220,6 +222,19 @@ pub fn effective_ip_guard(vnic: &Vnic) -> Vec<IpAddr> {
     addresses.sort_unstable();
     addresses.dedup();
     addresses
+}
+
+/// The addresses that the pipeline looks for before the table.
+fn first_ipv4(policy: &Policy) -> [u32; 2] {
+    let mut first = [0; 2];
+    let ipv4 = policy.ip_guard.iter().filter_map(|address| match address {
+        IpAddr::V4(address) => Some(u32::from_ne_bytes(address.octets())),
+        IpAddr::V6(_) => None,
+    });
+    for (slot, address) in first.iter_mut().zip(ipv4) {
+        *slot = address;
+    }
+    first
 }
 
 pub(super) fn ip_guard_keys(vnic: &Vnic, port: u32) -> impl Iterator<Item = IpGuardKey> {
