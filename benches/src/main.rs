@@ -5,9 +5,10 @@
 //! Rounds are interleaved, so that what disturbs the machine disturbs every set-up, and ratios are those of medians.
 //!
 //! **What is measured** ([`measure`]). *Small frames*: the kernel runs a program on live frames in the first guest, as
-//! fast as it can; every frame that reaches the second guest is counted and dropped there. Generating, forwarding and
-//! dropping all happen on one CPU, so the rate is that of one CPU and includes what the first and the last cost (the
-//! rows `bare` show how much that is at least). *TCP*: iperf3, one stream. *Round trip*: one byte there and back.
+//! fast as it can; every frame that reaches the second guest is counted and dropped there. *TCP*: iperf3, one stream.
+//! *Round trip*: one byte there and back over TCP. All of it happens on one CPU each time, so every figure is what one
+//! CPU achieves, with what the two ends cost included (the rows `bare` show how much that is of small frames), and does
+//! not hang on where the scheduler puts things.
 //!
 //! **What is kept equal.** All set-ups of a comparison have the same generator and the same sink. Frames that are
 //! redirected from XDP to XDP never become socket buffers, so XDP has an XDP sink, and is compared with a bridge that

@@ -118,11 +118,12 @@ pub(crate) struct Stream {
     pub(crate) cpu_s_per_gb: f64,
 }
 
-/// One TCP stream from the first guest to the second. Sender and receiver have a CPU each, if there are two: where the
-/// scheduler happens to put them would make more of a difference than any switch.
+/// One TCP stream from the first guest to the second, with both ends on one CPU. With two, the queue between them
+/// overflows now and then, and how often makes more of a difference than any switch.
 pub(crate) fn tcp(world: &World, seconds: u32) -> Result<Stream> {
     let [a, b] = &world.guests;
-    let affinity = format!("{},0", last_cpu()?);
+    let cpu = last_cpu()?;
+    let affinity = format!("{cpu},{cpu}");
     let arguments = ["-t", &seconds.to_string(), "-A", &affinity];
     let end = tools::iperf3(&a.netns, &b.netns, &b.ip.to_string(), &arguments)?;
     let number = |group: &str, name: &str| {
