@@ -60,6 +60,8 @@ pub struct Core {
     ports: BTreeMap<String, v1::PortStatus>,
     /// Tables of an unknown past are left alone until the first apply.
     untouched: bool,
+    /// The last pass failed; the tables are not as they should be.
+    failed: bool,
     start: Start,
     events: EventLog,
     view: watch::Sender<Arc<View>>,
@@ -101,6 +103,7 @@ impl Core {
             image: Image::default(),
             ports: BTreeMap::new(),
             untouched,
+            failed: false,
             start: Start { severity, text: start },
             events,
             view: watch::Sender::new(Arc::new(View::default())),
@@ -156,7 +159,9 @@ impl Core {
         if self.untouched {
             return Vec::new();
         }
-        let done = match self.program() {
+        let programmed = self.program();
+        self.failed = programmed.is_err();
+        let done = match programmed {
             Ok(done) => done,
             Err(error) => {
                 self.events.note(Severity::Error, format!("programming failed: {error}"));
@@ -217,6 +222,11 @@ impl Core {
         self.note_many(Severity::Info, attached);
         self.note_many(Severity::Info, pending);
         self.ports = ports;
+    }
+
+    /// Whether the last pass failed, so that another should follow soon.
+    pub const fn failed(&self) -> bool {
+        self.failed
     }
 
     /// A pass that looks at everything, also at what nobody announces: files, pins and links that were removed.

@@ -19,7 +19,9 @@ use crate::error::Error;
 const DEBOUNCE: Duration = Duration::from_millis(20);
 /// Longest wait for quiet.
 const DEBOUNCE_MAX: Duration = Duration::from_millis(200);
-/// Time between passes that look at everything.
+/// Pause after a pass that failed.
+const AGAIN: Duration = Duration::from_secs(1);
+/// Pause between passes that look at everything.
 const FULL_PASS: Duration = Duration::from_secs(10);
 /// Time between sweeps of the FDB.
 const AGEING: Duration = Duration::from_secs(5);
@@ -137,6 +139,9 @@ fn run(mut core: Core, receiver: &Receiver<Message>) {
     let mut full_pass = Instant::now() + FULL_PASS;
     let mut ageing = Instant::now() + AGEING;
     loop {
+        if core.failed() {
+            full_pass = full_pass.min(Instant::now() + AGAIN);
+        }
         let wake = links.due().into_iter().fold(full_pass.min(ageing), Instant::min);
         match receiver.recv_timeout(wake.saturating_duration_since(Instant::now())) {
             Ok(Message::Job(job)) => job(&mut core),

@@ -6,6 +6,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use bytemuck::{Pod, Zeroable};
 use sluice_pipeline::tables::{
@@ -36,6 +37,28 @@ pub(crate) struct Counters<V> {
     max_entries: u32,
     cpus: usize,
     _types: PhantomData<fn() -> V>,
+}
+
+/// How often a write is tried again when the kernel is out of elements at hand.
+///
+/// Maps that allocate on demand take elements from a small reserve per CPU, which an interrupt refills without waiting for
+/// memory to be reclaimed: `ENOMEM` in the middle of many writes means "in a moment", not "never".
+#[derive(Debug, Default)]
+struct Patience(u32);
+
+impl Patience {
+    /// Attempts before `ENOMEM` is believed; a second in all.
+    const ATTEMPTS: u32 = 500;
+
+    /// Whether to try again, after a pause.
+    fn allows(&mut self, error: &io::Error) -> bool {
+        self.0 += 1;
+        if error.raw_os_error() != Some(libc::ENOMEM) || self.0 > Self::ATTEMPTS {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+        true
+    }
 }
 
 /// Opens a pinned map and compares its sizes.
@@ -79,8 +102,13 @@ impl<K: Pod, V: Pod> Table<K, V> {
     }
 
     pub(crate) fn set(&self, key: &K, value: &V) -> Result<(), EngineError> {
-        syscall::map_update(self.fd.as_fd(), bytemuck::bytes_of(key), bytemuck::bytes_of(value))
-            .map_err(self.error("update"))
+        let mut patience = Patience::default();
+        loop {
+            match syscall::map_update(self.fd.as_fd(), bytemuck::bytes_of(key), bytemuck::bytes_of(value)) {
+                Err(error) if patience.allows(&error) => {}
+                result => return result.map_err(self.error("update")),
+            }
+        }
     }
 
     pub(crate) fn remove(&self, key: &K) -> Result<(), EngineError> {
@@ -95,13 +123,21 @@ impl<K: Pod, V: Pod> Table<K, V> {
         for part in elements.chunks(BATCH) {
             let keys: Vec<K> = part.iter().map(|(key, _)| *key).collect();
             let values: Vec<V> = part.iter().map(|(_, value)| *value).collect();
-            syscall::map_update_batch(
-                self.fd.as_fd(),
-                bytemuck::cast_slice(&keys),
-                bytemuck::cast_slice(&values),
-                part.len() as u32,
-            )
-            .map_err(self.error("update"))?;
+            let mut done = 0;
+            let mut patience = Patience::default();
+            while done < part.len() {
+                let (written, result) = syscall::map_update_batch(
+                    self.fd.as_fd(),
+                    bytemuck::cast_slice(&keys[done..]),
+                    bytemuck::cast_slice(&values[done..]),
+                    (part.len() - done) as u32,
+                );
+                done += written as usize;
+                match result {
+                    Err(error) if patience.allows(&error) => {}
+                    result => result.map_err(self.error("update"))?,
+                }
+            }
         }
         Ok(())
     }
@@ -285,13 +321,13 @@ impl<V: Pod> Counters<V> {
         let row = self.words() * self.cpus;
         for part in indexes.chunks(BATCH) {
             let values = vec![0u64; part.len() * row];
-            syscall::map_update_batch(
+            let (_, result) = syscall::map_update_batch(
                 self.fd.as_fd(),
                 bytemuck::cast_slice(part),
                 bytemuck::cast_slice(&values),
                 part.len() as u32,
-            )
-            .map_err(self.error("reset"))?;
+            );
+            result.map_err(self.error("reset"))?;
         }
         Ok(())
     }

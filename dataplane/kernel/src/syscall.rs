@@ -193,13 +193,13 @@ pub(crate) fn map_lookup_batch(
     }
 }
 
-/// Writes `count` elements, each atomically, in order.
+/// Writes `count` elements, each atomically, in order. Returns how many were written, and what ended it early.
 pub(crate) fn map_update_batch(
     map: BorrowedFd<'_>,
     keys: &[u8],
     values: &[u8],
     count: u32,
-) -> io::Result<()> {
+) -> (u32, io::Result<()>) {
     let mut attr = BatchAttr {
         keys: address(keys),
         values: address(values),
@@ -208,7 +208,11 @@ pub(crate) fn map_update_batch(
         ..BatchAttr::zeroed()
     };
     // SAFETY: `maps` passes `count` whole keys and values.
-    unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr) }.map(drop)
+    match unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr) } {
+        Ok(_) => (count, Ok(())),
+        // The kernel counts what it has written, unless it refused the call as a whole.
+        Err(error) => (if attr.count < count { attr.count } else { 0 }, Err(error)),
+    }
 }
 
 /// Deletes elements; returns how many were deleted before the first that was missing (all, if the result is `count`).
