@@ -2,7 +2,8 @@
 //!
 //! Run it as `cargo xtask bench`, which builds what it needs. Each set-up has namespaces of its own for the host and
 //! for two guests, wired by veth pairs ([`world`]); they differ in what forwards between the host's ends ([`switch`]).
-//! Rounds are interleaved, so that what disturbs the machine disturbs every set-up, and ratios are those of medians.
+//! Rounds are interleaved, so that what disturbs the machine disturbs every set-up; ratios are medians over
+//! pairs of measurements of the same round.
 //!
 //! **What is measured** ([`measure`]). *Small frames*: the kernel runs a program on live frames in the first guest, as
 //! fast as it can; every frame that reaches the second guest is counted and dropped there. *TCP*: iperf3, one stream.
@@ -37,18 +38,24 @@ use clap::Parser;
 use report::{Report, Row};
 use switch::{Bed, SETUPS, Setup};
 
+/// TCP streams of a set-up in one round.
+const STREAMS: usize = 3;
+
 /// Compare Sluice with a Linux bridge.
 #[derive(Parser)]
 #[command(name = "cargo xtask bench", bin_name = "cargo xtask bench")]
 struct Arguments {
-    /// Rounds; each measures every set-up once.
+    /// Rounds; each measures every set-up.
     #[arg(long, default_value_t = 3)]
     rounds: u32,
     /// Seconds per measurement of small frames.
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
+    /// Flows of the second measurement of small frames.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u16).range(2..=programs::FLOWS_MAX as i64))]
+    flows: u16,
     /// Seconds per TCP stream; 0 leaves TCP out.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     tcp_seconds: u32,
     /// Set-ups to measure, by name; all unless given.
     #[arg(long, value_delimiter = ',')]
@@ -73,11 +80,14 @@ fn main() -> Result<()> {
     for setup in setups {
         beds.push(Bed::new(setup)?);
     }
-    let mut report = Report::new(beds.iter().map(|bed| bed.setup))?;
+    let mut report = Report::new(beds.iter().map(|bed| bed.setup), arguments.flows)?;
     for round in 1..=arguments.rounds {
+        eprintln!("round {round} of {}", arguments.rounds);
         for bed in &beds {
-            eprintln!("round {round} of {}: {}", arguments.rounds, bed.setup.name);
-            measure_bed(&arguments, bed, report.row(bed.setup.name))?;
+            small_frames(&arguments, bed, report.row(bed.setup.name))?;
+        }
+        for bed in beds.iter().filter(|bed| bed.setup.has_tcp).cycle().take(streams(&beds)) {
+            tcp(&arguments, bed, report.row(bed.setup.name))?;
         }
     }
     for bed in beds {
@@ -124,14 +134,32 @@ fn chosen(names: &[String]) -> Result<Vec<&'static Setup>> {
         .collect())
 }
 
-fn measure_bed(arguments: &Arguments, bed: &Bed, row: &mut Row) -> Result<()> {
-    row.one_flow.add(measure::rate(&bed.world, bed.setup.sink, 1, arguments.seconds)?);
+/// How many streams a round has: they vary more than the rest.
+fn streams(beds: &[Bed]) -> usize {
+    STREAMS * beds.iter().filter(|bed| bed.setup.has_tcp).count()
+}
+
+fn small_frames(arguments: &Arguments, bed: &Bed, row: &mut Row) -> Result<()> {
+    let Setup { name, sink, .. } = bed.setup;
+    let measure = |flows| {
+        measure::rate(&bed.world, *sink, flows, arguments.seconds)
+            .with_context(|| format!("measuring {name}"))
+    };
+    row.one_flow.add(measure(1)?);
     if bed.setup.is_sluice() {
-        row.many_flows.add(measure::rate(&bed.world, bed.setup.sink, 1000, arguments.seconds)?);
-    }
-    if arguments.tcp_seconds > 0 && bed.setup.has_tcp {
-        row.tcp.add(measure::tcp(&bed.world, arguments.tcp_seconds)?);
-        row.round_trip_us.push(measure::round_trip(&bed.world)?);
+        row.many_flows.add(measure(arguments.flows)?);
     }
     Ok(())
+}
+
+fn tcp(arguments: &Arguments, bed: &Bed, row: &mut Row) -> Result<()> {
+    if arguments.tcp_seconds == 0 {
+        return Ok(());
+    }
+    let mut measure = || -> Result<()> {
+        row.tcp.add(measure::tcp(&bed.world, arguments.tcp_seconds)?);
+        row.round_trip_us.push(measure::round_trip(&bed.world)?);
+        Ok(())
+    };
+    measure().with_context(|| format!("measuring TCP of {}", bed.setup.name))
 }

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -41,14 +42,14 @@ pub(crate) fn rate(world: &World, kind: Kind, flows: u16, seconds: f64) -> Resul
     world.accept_generated(true)?;
     let frame = frame(world);
     let outcome = world.guests[0].netns.enter(|| {
-        let cpu = pin_to_last_cpu()?;
+        let clock = CpuClock::new(pin_to_last_cpu()?);
         let ifindex = nix::net::if_::if_nametoindex(INTERFACE).context("the guest's interface")?;
         let random = Word::new(1)?;
         let generator = programs::generator(flows, &random)?;
         let run = |repeat: u32| -> Result<(f64, f64, u64)> {
-            let (before, cpu_before, start) = (sink.counter.read()?, cpu_time(cpu)?, Instant::now());
+            let (before, cpu_before, start) = (sink.counter.read()?, clock.read()?, Instant::now());
             bpf::run_live(generator.as_fd(), ifindex, &frame, repeat, BATCH)?;
-            let (wall, busy) = (start.elapsed().as_secs_f64(), cpu_time(cpu)? - cpu_before);
+            let (wall, busy) = (start.elapsed().as_secs_f64(), clock.read()? - cpu_before);
             Ok((wall, busy, sink.counter.read()? - before))
         };
         let (wall, _, delivered) = run(TRIAL)?;
@@ -87,24 +88,34 @@ fn pin_to_last_cpu() -> Result<usize> {
     Ok(last)
 }
 
-/// CPU seconds of this thread and of the softirq thread of its CPU.
-fn cpu_time(cpu: usize) -> Result<f64> {
-    let own = run_time("/proc/thread-self/schedstat").context("the generator's CPU time")?;
-    Ok(own + softirq_thread_time(cpu).unwrap_or(0.0))
+/// CPU time of this thread and of the softirq thread of its CPU.
+struct CpuClock {
+    files: Vec<PathBuf>,
 }
 
-/// From `/proc/PID/schedstat` of `ksoftirqd/CPU`; `None` if it is not there.
-fn softirq_thread_time(cpu: usize) -> Option<f64> {
-    let name = format!("ksoftirqd/{cpu}\n");
-    // Kernel threads have low numbers.
-    (2..400).find_map(|pid| {
-        (std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()? == name).then_some(())?;
-        run_time(&format!("/proc/{pid}/schedstat"))
-    })
+impl CpuClock {
+    fn new(cpu: usize) -> CpuClock {
+        let name = format!("ksoftirqd/{cpu}\n");
+        let is_softirq =
+            |folder: &PathBuf| std::fs::read_to_string(folder.join("comm")).is_ok_and(|comm| comm == name);
+        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        // In a container it is out of sight, and its time is missed; it works only when there is more than enough to do.
+        let softirq = processes.map(|entry| entry.path()).find(is_softirq);
+        let folders = [Some(PathBuf::from("/proc/thread-self")), softirq];
+        CpuClock { files: folders.into_iter().flatten().map(|folder| folder.join("schedstat")).collect() }
+    }
+
+    /// Seconds so far.
+    fn read(&self) -> Result<f64> {
+        let seconds = |file: &PathBuf| {
+            run_time(file).with_context(|| format!("reading CPU time from {}", file.display()))
+        };
+        self.files.iter().map(seconds).sum()
+    }
 }
 
 /// Seconds on a CPU: the first number of a `schedstat` file.
-fn run_time(file: &str) -> Option<f64> {
+fn run_time(file: &Path) -> Option<f64> {
     let text = std::fs::read_to_string(file).ok()?;
     Some(text.split(' ').next()?.parse::<u64>().ok()? as f64 / 1e9)
 }
@@ -182,5 +193,17 @@ pub(crate) fn median(values: &mut [f64]) -> f64 {
         0 => f64::NAN,
         length if length % 2 == 1 => values[half],
         _ => f64::midpoint(values[half - 1], values[half]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn median_is_the_middle() {
+        assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&mut [4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert!(median(&mut []).is_nan());
     }
 }

@@ -8,6 +8,8 @@ use crate::bpf::{self, Kind, Word};
 
 /// First UDP source port of generated flows.
 pub(crate) const FIRST_SOURCE_PORT: u16 = 20_000;
+/// Most flows that a generator can make: one per source port.
+pub(crate) const FLOWS_MAX: u16 = u16::MAX - FIRST_SOURCE_PORT;
 /// Offset of the UDP source port in the generated frame: Ethernet, IPv4 without options.
 const SOURCE_PORT_OFFSET: i16 = 34;
 

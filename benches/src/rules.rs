@@ -101,3 +101,30 @@ fn group(count: usize) -> Result<AclGroup> {
 fn prefix(address: Ipv4Addr, length: u8) -> Result<IpPrefix> {
     IpPrefix::new(IpAddr::V4(address), length).with_context(|| format!("prefix {address}/{length}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn a_thousand_rules_of_which_the_measured_traffic_meets_the_last() {
+        let group = group(1000).expect("well-formed rules");
+        assert_eq!(group.rules.iter().collect::<BTreeSet<_>>().len(), 1000, "all different");
+        let (a, b) = (IpAddr::from([10, 77, 0, 1]), IpAddr::from([10, 77, 0, 2]));
+        for direction in [Direction::FromVm, Direction::ToVm] {
+            let rules: Vec<&AclRule> =
+                group.rules.iter().filter(|rule| rule.direction == direction).collect();
+            assert_eq!(rules.len(), 500);
+            let meets = |rule: &&&AclRule| {
+                let AclMatch { src_ip, dst_ip, ethertype, .. } = &rule.matches;
+                ethertype.is_none()
+                    && src_ip.is_none_or(|prefix| prefix.contains(a))
+                    && dst_ip.is_none_or(|prefix| prefix.contains(b))
+            };
+            let met: Vec<u32> = rules.iter().filter(meets).map(|rule| rule.priority).collect();
+            let before = rules.iter().filter(|rule| rule.priority > met[0]).count();
+            assert_eq!((met.len(), before), (1, 498));
+        }
+    }
+}
