@@ -16,7 +16,7 @@ use sluice_policy::ids::Ids;
 use sluice_policy::image::{Binding, Bindings, Image};
 use sluice_policy::lower;
 use sluice_policy::oracle::{self, Outcome, State};
-use sluice_policy::sim::{Run, Simulator, TagPlace};
+use sluice_policy::sim::{Simulator, TagPlace};
 use sluice_tests::Tap;
 
 use crate::case::{Case, Setting};
@@ -202,7 +202,6 @@ impl Lanes {
                 anyhow!("native decide ({place:?}) disagrees with the oracle: {difference}")
             })?;
         }
-        let partial = self.simulator(&setting.scenario.state).run_partial(ingress, &case.frame);
 
         let Some(&tap) = self.tap_of.get(&ingress) else {
             return Ok(()); // no interface, so no frame can come from it
@@ -211,7 +210,7 @@ impl Lanes {
             return Ok(()); // the kernel does not take frames without an Ethernet header
         }
         self.tc(setting, case, ingress, tap, &outcome, &expected)?;
-        self.xdp(setting, case, ingress, tap, &outcome, &expected, &partial)?;
+        self.xdp(setting, case, ingress, tap, &outcome, &expected)?;
         self.wire(setting, case, ingress, tap, &outcome, &expected)
     }
 
@@ -271,8 +270,8 @@ impl Lanes {
         tap: usize,
         outcome: &Outcome,
         expected: &Effect,
-        partial: &Run,
     ) -> Result<()> {
+        let partial = self.simulator(&setting.scenario.state).run_partial(ingress, &case.frame);
         let deferred = partial.verdict == Verdict::Defer;
         let nothing = Effect::default();
         let expected = if deferred { &nothing } else { expected };

@@ -14,6 +14,10 @@
 //!
 //! `SLUICE_SEED` replays a seed, `SLUICE_CASES` sets the number of cases.
 
+#![forbid(unsafe_code)]
+// The seed and what was covered are what one wants to read.
+#![allow(clippy::print_stderr)]
+
 mod case;
 mod datapath;
 mod lanes;
