@@ -13,13 +13,17 @@ use crate::workspace;
 
 /// Which crates of ours each crate may depend on: arrows point down only. Dev-dependencies count.
 /// A crate that is not listed may not exist; `*` stands for all of them.
-const ARROWS: [(&str, &[&str]); 9] = [
+const ARROWS: [(&str, &[&str]); 10] = [
     ("sluice-pipeline", &[]),
     ("sluice-programs", &["sluice-pipeline"]),
     ("sluice-policy", &["sluice-pipeline"]),
     ("sluice-kernel", &["sluice-pipeline", "sluice-policy"]),
+    ("sluice-eswitch", &["sluice-pipeline", "sluice-policy"]),
     ("sluice-proto", &[]),
-    ("sluice-control", &["sluice-pipeline", "sluice-policy", "sluice-kernel", "sluice-proto"]),
+    (
+        "sluice-control",
+        &["sluice-pipeline", "sluice-policy", "sluice-kernel", "sluice-eswitch", "sluice-proto"],
+    ),
     ("sluice-benches", &["*"]),
     ("sluice-tests", &["*"]),
     ("xtask", &[]),

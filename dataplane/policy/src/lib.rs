@@ -17,5 +17,6 @@ pub mod image;
 pub mod lower;
 pub mod net;
 pub mod oracle;
+pub mod placement;
 pub mod sim;
 pub mod validate;

@@ -1,0 +1,8 @@
+//! The eSwitch engine: policies of vNICs on virtual functions, enforced by the NIC.
+//!
+//! [`contract`] says what an eSwitch is; the other modules are eSwitches. `sluice_policy::placement` decides what is
+//! programmed. Netlink, sysfs and devlink stay inside this crate.
+
+#![forbid(unsafe_code)]
+
+pub mod contract;
