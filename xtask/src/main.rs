@@ -10,6 +10,7 @@
 mod bench;
 mod demo;
 mod ebpf;
+mod lab;
 mod lint;
 mod packages;
 mod process;
@@ -45,6 +46,8 @@ enum Task {
     },
     /// Show what Sluice does: two VMs, an outside, and the switch between them. Needs root.
     Demo,
+    /// Run a command in a throw-away machine with SR-IOV: a Debian kernel in QEMU, this machine's files read-only.
+    Lab(lab::Options),
     /// Check the rules of the house: crate arrows, unsafe code, module docs, portable text, dependencies.
     Lint,
     /// Run every test: units, examples, conformance and the end-to-end suites. Needs root.
@@ -63,6 +66,7 @@ fn main() -> std::process::ExitCode {
         Task::Bench { extra } => bench::bench(&extra),
         Task::BuildEbpf { toolchain, force } => ebpf::build(toolchain, force).map(drop),
         Task::Demo => demo::demo(),
+        Task::Lab(options) => return lab::lab(&options),
         Task::Lint => lint::lint(),
         Task::Test { quick, extra } => test::test(quick, &extra),
     };
