@@ -33,17 +33,9 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use sluice_policy::net::MacAddr;
-use sluice_policy::placement::{Capabilities, Feature, FlowerProgram, Program, VfSettings};
+use sluice_policy::placement::{Capabilities, Feature, FlowerProgram, PortVlan, Program, VfSettings};
 
-/// The number of a VF on its PF, from 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct VfIndex(pub u16);
-
-impl fmt::Display for VfIndex {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "VF {}", self.0)
-    }
-}
+pub use sluice_policy::placement::VfIndex;
 
 /// A VF that exists.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,7 +105,7 @@ impl Observed {
             (Program::Legacy(wanted), Enforced::Legacy(found)) => {
                 let VfSettings { mac, vlan, spoofchk, trust, min_rate_mbps, max_rate_mbps, query_rss } =
                     wanted;
-                let vlan_text = |vlan: &Option<sluice_policy::placement::PortVlan>| match vlan {
+                let vlan_text = |vlan: &Option<PortVlan>| match vlan {
                     None => "none".to_owned(),
                     Some(vlan) => {
                         format!("{} qos {} proto {:#06x}", vlan.vid, vlan.qos, vlan.protocol.tpid())

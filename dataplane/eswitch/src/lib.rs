@@ -6,3 +6,4 @@
 #![forbid(unsafe_code)]
 
 pub mod contract;
+pub mod soft;

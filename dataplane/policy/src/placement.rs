@@ -11,7 +11,8 @@ mod flower;
 mod legacy;
 mod uncovered;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use crate::config::{AclAction, AclRule, Config, Direction, Switch, Vnic};
 use crate::net::{MacAddr, VlanId};
@@ -20,6 +21,16 @@ use crate::oracle::Domain;
 pub use capabilities::{Capabilities, Evidence, FlowerActions, FlowerKeys, FlowerSupport, Mode};
 pub use flower::{FlowerAction, FlowerMatch, FlowerProgram, FlowerRule, RulePort, Target, VlanMatch};
 pub use uncovered::{Feature, Uncovered};
+
+/// The number of a VF on its PF, from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VfIndex(pub u16);
+
+impl fmt::Display for VfIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VF {}", self.0)
+    }
+}
 
 /// The protocol of a VF's port VLAN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -87,7 +98,7 @@ pub enum Program {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Neighbours {
     /// vNICs, by name, that are on VFs of the same eSwitch now.
-    pub on_vfs: BTreeSet<String>,
+    pub on_vfs: BTreeMap<String, VfIndex>,
     /// Stations known to be behind the uplink.
     pub behind_uplink: BTreeSet<(Domain, MacAddr)>,
 }

@@ -2,7 +2,7 @@
 
 use crate::config::{Masked, Rate};
 use crate::net::{IpPrefix, MacAddr, VlanId};
-use crate::placement::VlanProtocol;
+use crate::placement::{VfIndex, VlanProtocol};
 
 /// Where a rule is: always the ingress side of a representor, that is, what its owner sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -57,12 +57,12 @@ pub struct FlowerMatch {
 }
 
 /// Where a rule sends frames.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Target {
     /// Out of the uplink.
     Uplink,
-    /// To the VF of the vNIC with this name.
-    Vnic(String),
+    /// To a VF.
+    Vf(VfIndex),
 }
 
 /// What a rule does, in order.
