@@ -7,7 +7,7 @@
 #![no_std]
 #![no_main]
 // Atomics that the BPF target is declared not to have; see `atomic`.
-#![feature(core_intrinsics, adt_const_params)]
+#![feature(core_intrinsics, adt_const_params, asm_experimental_arch)]
 #![allow(internal_features)]
 
 mod atomic;

@@ -1,5 +1,7 @@
 //! Reading packet bytes: one bounds check, then wide loads.
 
+use core::arch::asm;
+
 use sluice_pipeline::{Frame, HEADER_WINDOW, Tag};
 
 /// A frame's linear bytes, as two packet pointers that the verifier knows.
@@ -25,12 +27,12 @@ impl Frame for Linear {
         if offset > HEADER_WINDOW - N as u32 {
             return None;
         }
-        let start = self.data + offset as usize;
-        if start + N > self.data_end {
+        let end = end_of::<1, N>(self.data + offset as usize);
+        if end > self.data_end {
             return None;
         }
         // SAFETY: the two checks above bound the access, and the verifier insists on them.
-        Some(unsafe { copy(start as *const u8) })
+        Some(unsafe { copy((end - N) as *const u8) })
     }
 
     #[inline(always)]
@@ -38,18 +40,34 @@ impl Frame for Linear {
         if offset > HEADER_WINDOW - 4 * N as u32 {
             return None;
         }
-        let start = self.data + offset as usize;
-        if start + 4 * N > self.data_end {
+        let end = end_of::<4, N>(self.data + offset as usize);
+        if end > self.data_end {
             return None;
         }
         // SAFETY: as in `load`; see `copy` for the alignment.
-        Some(unsafe { (start as *const [u32; N]).read() })
+        Some(unsafe { ((end - 4 * N) as *const [u32; N]).read() })
     }
 
     #[inline(always)]
     fn tag(&self) -> Tag {
         self.tag
     }
+}
+
+/// Where an access of `N` units of `SIZE` bytes at `start` ends, in a register that both the check and the access use.
+///
+/// Verifiers since 7.x keep the constant part of a packet pointer together with its variable part, and what they know of
+/// the sum of both is rounded by its alignment: of a start and an end that are computed apart, the start may look too
+/// large for what was checked of the end. From the end backwards, what is checked is what is accessed. Older verifiers
+/// want the length added to the pointer as a constant, so that is the one thing done here.
+#[inline(always)]
+fn end_of<const SIZE: usize, const N: usize>(start: usize) -> usize {
+    let end;
+    // SAFETY: one addition. The compiler does not know that it is one, so it keeps what it is told to compute.
+    unsafe {
+        asm!("{0} += {1}", inout(reg) start => end, const SIZE * N, options(pure, nomem, nostack, preserves_flags));
+    }
+    end
 }
 
 /// Copies `N` bytes by loads as wide as they come.
