@@ -20,7 +20,7 @@ fn capable() -> Capabilities {
     }
 }
 
-fn config(policy: Policy) -> Config {
+pub(super) fn config(policy: Policy) -> Config {
     Config {
         switches: vec![Switch {
             name: "blue".into(),
@@ -51,7 +51,7 @@ fn config(policy: Policy) -> Config {
     }
 }
 
-fn access() -> Policy {
+pub(super) fn access() -> Policy {
     Policy { vlan: VlanMode::Access(vid(100)), ..Policy::default() }
 }
 

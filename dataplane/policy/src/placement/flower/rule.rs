@@ -25,7 +25,7 @@ pub struct VlanMatch {
 /// What a rule matches; what is absent matches everything.
 ///
 /// As in the kernel, a field of a protocol that the frame is not of reads as zero, except that fragments do not show
-/// ports, flags and ICMP at all: also zero. A rule on them must therefore name `ip_proto` and `fragment: Some(false)`.
+/// ports, flags and ICMP at all: also zero. A rule on those fields names `ip_proto`, and comes after one that traps fragments.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FlowerMatch {
     /// The outermost ethertype (tc's `protocol`); 0x8100 or 0x88a8 means tagged, any other untagged.
