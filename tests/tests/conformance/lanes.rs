@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use nix::time::{ClockId, clock_gettime};
@@ -30,6 +31,8 @@ const TC_DROP: u32 = 2;
 const XDP_DROP: u32 = 1;
 const XDP_PASS: u32 = 2;
 const XDP_REDIRECT: u32 = 4;
+/// How long a frame that must leave may take.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Nanoseconds by which an empty bucket is ahead: longer than any test.
 const HOUR: u64 = 3_600_000_000_000;
 
@@ -70,6 +73,8 @@ pub(crate) struct Lanes {
     /// Port ids by name, and taps by port id.
     ports: BTreeMap<String, u32>,
     tap_of: BTreeMap<u32, usize>,
+    /// Ageing times by switch.
+    ageing: BTreeMap<String, u32>,
     with_xdp: bool,
     /// Drops of the current configuration's ports before its first case, and those expected since.
     drops_before: BTreeMap<u32, u64>,
@@ -100,6 +105,7 @@ impl Lanes {
             image: Image::default(),
             ports: BTreeMap::new(),
             tap_of: BTreeMap::new(),
+            ageing: BTreeMap::new(),
             with_xdp: false,
             drops_before: BTreeMap::new(),
             drops_expected: BTreeMap::new(),
@@ -134,6 +140,7 @@ impl Lanes {
         let mut bindings = Bindings::new();
         self.ports.clear();
         self.tap_of.clear();
+        self.ageing = config.switches.iter().map(|at| (at.name.clone(), at.ageing_seconds)).collect();
         for (tap, spec) in specs.iter().enumerate() {
             let id = self.ids.ports.get(&spec.name).context("a port without id")?;
             self.ports.insert(spec.name.clone(), id);
@@ -239,7 +246,7 @@ impl Lanes {
         let unicast = outcome.dropped.is_none() && case.is_unicast() && expected.frames.len() == 1;
         let redirected = answer.code == TC_REDIRECT;
         ensure!(redirected || answer.code == TC_DROP, "sluice_tc returned {}", answer.code);
-        let mut effect = self.effect(&setting.scenario.state, &before, expected)?;
+        let mut effect = self.effect(&setting.scenario.state, &before, expected, !redirected)?;
         if redirected {
             let (port, bytes) = expected.frames.first_key_value().context(disagreement(
                 "sluice_tc (redirected)",
@@ -278,7 +285,7 @@ impl Lanes {
         let before = self.prepare(&setting.scenario.state, ingress, expected)?;
         let answer = self.datapath.run_xdp(self.taps[tap].ifindex(), &case.frame).context("sluice_xdp")?;
         self.report.xdp += 1;
-        let mut effect = self.effect(&setting.scenario.state, &before, expected)?;
+        let mut effect = self.effect(&setting.scenario.state, &before, expected, false)?;
         match answer.code {
             XDP_PASS => {
                 ensure!(deferred, disagreement("sluice_xdp (passed)", outcome, expected, &effect));
@@ -326,7 +333,7 @@ impl Lanes {
         self.taps[tap].send(&case.frame)?;
         self.report.wire += 1;
         self.report.wire_with_xdp += u64::from(self.with_xdp);
-        let effect = self.effect(&setting.scenario.state, &before, expected)?;
+        let effect = self.effect(&setting.scenario.state, &before, expected, true)?;
         self.report.wire_frames += effect.frames.len() as u64;
         ensure!(effect == *expected, disagreement("the wire", outcome, expected, &effect));
         self.restore(&setting.scenario.state, expected)
@@ -361,10 +368,13 @@ impl Lanes {
 
     /// Puts the kernel's tables into the case's state and reads the counters.
     fn prepare(&mut self, state: &State, ingress: u32, expected: &Effect) -> Result<Before> {
-        let now = clock_gettime(ClockId::CLOCK_MONOTONIC)?;
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)?;
         let mut counts = BTreeMap::<u32, u32>::new();
         for (station, sighting) in &state.fdb {
-            let seen = (now.tv_sec() as u32).wrapping_sub(sighting.age_seconds);
+            // The clock (the coarse one, as in the programs) goes on meanwhile, so an entry is fresh or old beyond doubt; native decide has the exact limit.
+            let ageing = self.ageing.get(&station.switch).copied().unwrap_or_default();
+            let age = if sighting.age_seconds <= ageing { 0 } else { sighting.age_seconds.max(ageing + 60) };
+            let seen = (now.tv_sec() as u32).wrapping_sub(age);
             let port = conformance::port_id(&self.ids, &sighting.port);
             self.datapath.learn(&conformance::fdb_key(&self.ids, station), port, seen)?;
             *counts.entry(port).or_default() += 1;
@@ -386,19 +396,28 @@ impl Lanes {
         Ok(Before { drops, received: self.datapath.frames(ingress)?.0 })
     }
 
-    /// What has happened since [`prepare`](Self::prepare), as far as it shows outside the program. Of drops, the expected
+    /// What has happened since [`prepare`](Self::prepare), as far as it shows outside the program. `leaving`: frames really
+    /// leave, which a queue of the kernel's may delay a little, so that the expected ones are waited for. Of drops, the expected
     /// ones are looked for here and unexpected ones when the configuration is done.
-    fn effect(&mut self, state: &State, before: &Before, expected: &Effect) -> Result<Effect> {
+    fn effect(&mut self, state: &State, before: &Before, expected: &Effect, leaving: bool) -> Result<Effect> {
         let mut effect = Effect::default();
         for (&(port, reason), count) in &before.drops {
             if self.datapath.drops(port, reason)? == count + 1 {
                 effect.drops.insert((port, reason));
             }
         }
-        for (&port, &tap) in &self.tap_of {
-            for bytes in self.taps[tap].drain()? {
-                ensure!(effect.frames.insert(port, bytes).is_none(), "two frames left by port {port}");
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            for (&port, &tap) in &self.tap_of {
+                for bytes in self.taps[tap].drain()? {
+                    ensure!(effect.frames.insert(port, bytes).is_none(), "two frames left by port {port}");
+                }
             }
+            let missing = leaving && expected.frames.keys().any(|port| !effect.frames.contains_key(port));
+            if !missing || Instant::now() > deadline {
+                break;
+            }
+            std::thread::yield_now();
         }
         let mut fdb: BTreeMap<FdbKey, u32> = BTreeMap::new();
         for (station, sighting) in &state.fdb {
