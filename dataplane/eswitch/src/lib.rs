@@ -6,4 +6,6 @@
 #![forbid(unsafe_code)]
 
 pub mod contract;
+mod netlink;
 pub mod soft;
+pub mod switchdev;

@@ -114,13 +114,14 @@ pub struct FlowerProgram {
 }
 
 impl FlowerProgram {
-    /// A program of these rules.
-    pub fn new(rules: Vec<FlowerRule>) -> Self {
+    /// A program of these rules, whatever their order: where each is says in which order they are tried.
+    pub fn new(mut rules: Vec<FlowerRule>) -> Self {
+        rules.sort_by_key(|rule| (rule.port, rule.chain, rule.priority));
         let hash = fnv1a(format!("{rules:?}").as_bytes());
         FlowerProgram { rules, hash }
     }
 
-    /// Its rules.
+    /// Its rules, by port, chain and priority.
     pub fn rules(&self) -> &[FlowerRule] {
         &self.rules
     }
