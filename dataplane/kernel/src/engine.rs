@@ -14,7 +14,7 @@ use crate::loader::{self, Loaded};
 use crate::pins::Pins;
 use crate::report::{AdoptReport, FdbRow, FdbSweep, MapWrites, MapsOutcome, Observation, SyncReport};
 use crate::sync::{Expedited, Mirror, Pass};
-use crate::{EngineError, LiveTables, internal, observe, promisc, stats};
+use crate::{EngineError, LiveTables, internal, observe, promisc, stats, vlan_offload};
 
 /// How to open an engine.
 #[derive(Clone, Debug)]
@@ -183,7 +183,9 @@ impl Engine {
             self.attachments.detach_port(&port, &self.pins)?;
         }
         internal::ensure(&[])?;
-        promisc::reconcile(&BTreeSet::new(), &Links::read()?, &self.pins)?;
+        let links = Links::read()?;
+        promisc::reconcile(&BTreeSet::new(), &links, &self.pins)?;
+        vlan_offload::restore(&BTreeSet::new(), &links, &self.pins)?;
         self.pins.remove_all()
     }
 }

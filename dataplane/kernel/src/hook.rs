@@ -20,16 +20,23 @@ const LOST_CHECKSUMS: &str = "redirected XDP frames lose partial checksums: TCP 
 pub(crate) fn choose(port: &PortImage, link: &Link) -> Choice {
     let view = &link.view;
     let is_virtual = matches!(view.kind.as_str(), "veth" | "tun");
+    // A bond, a VLAN device and the like: the frames are those of the devices below.
+    let is_stacked = !is_virtual && !view.kind.is_empty();
     let refused = |note: String| Choice { xdp: false, notes: vec![note] };
     match port.hook {
         Hook::Tcx => Choice::default(),
         Hook::Auto => {
-            let wire = port.config.kind == port_kind::UPLINK && !is_virtual;
+            let wire = port.config.kind == port_kind::UPLINK && !is_virtual && !is_stacked;
             Choice { xdp: wire && view.native_xdp, notes: Vec::new() }
         }
         Hook::Xdp if !view.native_xdp => {
             refused(format!("XDP refused, TCX serves: the driver of {} has no native XDP", view.name))
         }
+        Hook::Xdp if is_stacked => refused(format!(
+            "XDP refused, TCX serves: {} is a {}, and the devices below it may take VLAN tags out of frames, which XDP \
+             would not see",
+            view.name, view.kind
+        )),
         Hook::Xdp if !is_virtual => Choice { xdp: true, notes: Vec::new() },
         Hook::Xdp if port.full_checksums => accepted(&view.kind),
         Hook::Xdp if view.kind == "veth" => match peer::checksum_offload(link) {

@@ -32,6 +32,7 @@ mod report;
 mod stats;
 mod sync;
 mod syscall;
+mod vlan_offload;
 
 pub use engine::{Engine, EngineOptions};
 pub use error::EngineError;

@@ -6,6 +6,7 @@
 //! PIN_DIR/progs/NAME        the programs
 //! PIN_DIR/links/PORT-HOOK   the links; PORT is escaped, as a bpffs knows neither `/` nor `.` in names
 //! PIN_DIR/promisc/IFINDEX   an empty directory per interface that we made promiscuous
+//! PIN_DIR/rxvlan/IFINDEX    an empty directory per interface whose receive VLAN offload we switched off
 //! ```
 
 use std::fs::{self, File};
@@ -84,6 +85,10 @@ impl Pins {
 
     pub(crate) fn promiscuous(&self) -> PathBuf {
         self.root.join("promisc")
+    }
+
+    pub(crate) fn receive_vlan(&self) -> PathBuf {
+        self.root.join("rxvlan")
     }
 
     pub(crate) fn link(&self, port: &str, kind: LinkKind) -> PathBuf {

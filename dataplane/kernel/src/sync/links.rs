@@ -12,7 +12,7 @@ use crate::attach::Attached;
 use crate::hook::{self, Choice};
 use crate::links::{Link, Links};
 use crate::syscall::LinkKind;
-use crate::{EngineError, HooksInUse, PortState, PortStatus, SyncReport, promisc};
+use crate::{EngineError, HooksInUse, PortState, PortStatus, SyncReport, promisc, vlan_offload};
 
 impl Pass<'_> {
     /// Gives links to ports that took an interface over, and detaches those of ports that are gone or pending.
@@ -91,6 +91,23 @@ impl Pass<'_> {
         Ok(())
     }
 
+    /// Lets interfaces without XDP take tags out of the bytes again.
+    pub(super) fn restore_vlan_offload(
+        &mut self,
+        links: &Links,
+        report: &mut SyncReport,
+    ) -> Result<(), EngineError> {
+        let kept = self
+            .image
+            .ports
+            .values()
+            .filter(|port| self.attachments.is_attached(&port.name, LinkKind::Xdp, port.config.ifindex))
+            .map(|port| port.config.ifindex)
+            .collect();
+        report.link_changes.extend(vlan_offload::restore(&kept, links, self.pins)?);
+        Ok(())
+    }
+
     fn attach_port(
         &mut self,
         port: &PortImage,
@@ -113,8 +130,25 @@ impl Pass<'_> {
             };
             return Ok(status);
         }
-        let Choice { xdp, notes } = hook::choose(port, link);
+        let Choice { mut xdp, notes } = hook::choose(port, link);
         status.notes = notes;
+        // Only physical devices have no kind. Virtual ones keep tags where their peers put them.
+        if xdp && link.view.kind.is_empty() {
+            match vlan_offload::switch_off(link, self.pins) {
+                Ok(false) => {}
+                Ok(true) => report.link_changes.push(format!(
+                    "switched the receive VLAN offload of {} off, which hides tags from XDP",
+                    link.view.name
+                )),
+                Err(error) => {
+                    xdp = false;
+                    status.notes.push(format!(
+                        "XDP refused, TCX serves: {} would hide VLAN tags from it ({error})",
+                        link.view.name
+                    ));
+                }
+            }
+        }
         if xdp {
             match self.attach_hook(port, link, LinkKind::Xdp, report) {
                 Ok(()) => status.hooks = HooksInUse::XdpAndTcx,

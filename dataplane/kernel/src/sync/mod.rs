@@ -63,6 +63,7 @@ impl Pass<'_> {
         self.remove_ip_guard()?;
         self.attach(&links, &refused, &mut report)?;
         self.make_promiscuous(&links, &mut report)?;
+        self.restore_vlan_offload(&links, &mut report)?;
         self.remove_groups(groups)?;
         self.loaded.settle(self.pins)?;
 
