@@ -5,7 +5,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod chaos;
 pub mod contract;
+pub mod lifecycle;
 mod netlink;
 pub mod soft;
 pub mod switchdev;

@@ -81,6 +81,23 @@ fn what_rules_cannot_express_is_refused() {
 }
 
 #[test]
+fn an_own_address_is_never_looked_for_behind_the_uplink() {
+    let config = config(|_| {});
+    let domain = Domain::Customer(VlanId::new(100).expect("in range"));
+    let to = |mac: MacAddr| {
+        let neighbours = Neighbours { behind_uplink: [(domain, mac)].into(), ..Neighbours::default() };
+        let program = crate::placement::place(&config, &config.vnics[0], &capable(), &neighbours);
+        let Ok(crate::placement::Program::Switchdev(program)) = program else {
+            panic!("it is placed, not {program:?}");
+        };
+        let sends = |rule: &&FlowerRule| rule.actions.contains(&FlowerAction::Redirect(Target::Uplink));
+        program.rules().iter().filter(sends).count()
+    };
+    assert_eq!(to(MacAddr([2, 0, 0, 0, 0xf0, 1])), 1);
+    assert_eq!(to(config.vnics[0].mac), 0, "somebody outside pretends to be it");
+}
+
+#[test]
 fn each_rule_has_a_place_of_its_own_and_an_end() {
     let config = config(|vnic| {
         vnic.policy.vlan = VlanMode::Trunk {
