@@ -14,6 +14,7 @@ pub mod api;
 pub mod daemon;
 pub mod flow;
 pub mod lab;
+pub mod lab_guest;
 pub mod netns;
 pub mod packet;
 mod sys;

@@ -12,6 +12,7 @@ mod guest;
 mod kernel;
 mod qemu;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -63,14 +64,22 @@ pub(crate) fn lab(options: &Options) -> ExitCode {
     }
 }
 
-fn attempt(options: &Options) -> Result<u8> {
+/// Fetches and builds what the lab needs, where it is missing.
+pub(crate) fn prepare() -> Result<()> {
+    make_ready(None).map(drop)
+}
+
+fn make_ready(series: Option<&str>) -> Result<(PathBuf, kernel::Kernel)> {
     if !cfg!(target_arch = "x86_64") {
         bail!(
             "the lab emulates an x86-64 machine that runs this machine's programs; this one is not of that kind"
         );
     }
-    let qemu = qemu::ensure()?;
-    let kernel = kernel::ensure(options.kernel.as_deref())?;
+    Ok((qemu::ensure()?, kernel::ensure(series)?))
+}
+
+fn attempt(options: &Options) -> Result<u8> {
+    let (qemu, kernel) = make_ready(options.kernel.as_deref())?;
     if options.prepare {
         return Ok(0);
     }

@@ -55,6 +55,9 @@ enum Task {
         /// Leave out the end-to-end suites.
         #[arg(long)]
         quick: bool,
+        /// Leave out the suites that run in the SR-IOV lab.
+        #[arg(long)]
+        without_lab: bool,
         /// Further arguments of `cargo nextest run`, such as the name of a test.
         #[arg(trailing_var_arg = true)]
         extra: Vec<String>,
@@ -68,7 +71,7 @@ fn main() -> std::process::ExitCode {
         Task::Demo => demo::demo(),
         Task::Lab(options) => return lab::lab(&options),
         Task::Lint => lint::lint(),
-        Task::Test { quick, extra } => test::test(quick, &extra),
+        Task::Test { quick, without_lab, extra } => test::test(quick, without_lab, &extra),
     };
     match outcome {
         Ok(()) => std::process::ExitCode::SUCCESS,

@@ -7,12 +7,15 @@ use anyhow::{Context, Result, bail};
 
 use crate::packages::{self, Need};
 use crate::process::{clean, find, is_root, output, run, say};
-use crate::{ebpf, workspace};
+use crate::{ebpf, lab, workspace};
 
 const NEXTEST_VERSION: &str = "0.9.143";
 
 /// All but the end-to-end suites, and the lab's own tests, which take time too.
-const QUICK: &str = "not (package(sluice-tests) & kind(test)) or binary(conformance)";
+const QUICK: &str =
+    "(not (package(sluice-tests) & kind(test)) or binary(conformance)) and not test(/in_the_lab$/)";
+/// All but what boots the SR-IOV lab.
+const WITHOUT_LAB: &str = "not test(/in_the_lab$/)";
 
 /// Programs that the end-to-end suites and the demo call.
 pub(crate) const NETWORK_TOOLS: [Need; 7] = [
@@ -25,23 +28,34 @@ pub(crate) const NETWORK_TOOLS: [Need; 7] = [
     Need::program("udhcpc", "udhcpc"),
 ];
 
-/// Run the tests; `quick` leaves out the end-to-end suites. `extra` goes to the test runner.
-pub(crate) fn test(quick: bool, extra: &[String]) -> Result<()> {
+/// Run the tests; `quick` leaves out the end-to-end suites, `without_lab` those in the SR-IOV lab. `extra` goes to the
+/// test runner.
+pub(crate) fn test(quick: bool, without_lab: bool, extra: &[String]) -> Result<()> {
     require_root("the tests", "test")?;
     packages::ensure("testing", &NETWORK_TOOLS)?;
     ebpf::build(None, false)?;
     build_programs()?;
+    if !quick && !without_lab {
+        lab::prepare().context("the SR-IOV lab cannot be had here; --without-lab leaves it out")?;
+    }
 
     say("running the examples in the documentation");
     run(clean(Command::new("cargo")).args(["test", "--quiet", "--doc", "--workspace"]))?;
 
-    let filter: &[&str] = if quick { &["-E", QUICK] } else { &[] };
+    let filter: &[&str] = match (quick, without_lab) {
+        (true, _) => &["-E", QUICK],
+        (false, true) => &["-E", WITHOUT_LAB],
+        (false, false) => &[],
+    };
+    let own = std::env::current_exe().context("which program are we?")?;
     match nextest() {
         Some(nextest) => {
             run(clean(Command::new(nextest))
                 .args(["nextest", "run", "--workspace"])
                 .args(filter)
                 .args(extra)
+                // Tests in the lab boot it with this program.
+                .env("SLUICE_XTASK", own)
                 // Errors of the suites say what went wrong and why; a backtrace adds nothing.
                 .env("RUST_LIB_BACKTRACE", "0"))
         }
@@ -53,7 +67,11 @@ pub(crate) fn test(quick: bool, extra: &[String]) -> Result<()> {
                 command.args(["--exclude", "sluice-tests"]);
             }
             // One at a time: the suites share the machine's two or more cores and must not disturb each other.
-            run(command.args(["--", "--test-threads=1"]).args(extra))
+            command.args(["--", "--test-threads=1"]).args(extra).env("SLUICE_XTASK", own);
+            if without_lab {
+                command.args(["--skip", "in_the_lab"]);
+            }
+            run(&mut command)
         }
     }
 }

@@ -17,7 +17,7 @@ hostname lab
 ip link set lo up
 
 # There is no udev that would load drivers.
-for module in igb igbvf netdevsim; do modprobe $module || echo "lab: no module $module"; done
+for module in igb igbvf netdevsim tun; do modprobe $module || echo "lab: no module $module"; done
 # The kernel numbers the ports in the order of their slots; call them what they are.
 number=0
 for port in /sys/bus/pci/drivers/igb/*/net/*; do
