@@ -107,8 +107,19 @@ impl Switchdev {
         })
     }
 
+    /// All representors, that of `vf` among them.
+    fn representors_with(&mut self, vf: VfIndex) -> Result<Representors, EswitchError> {
+        match self.representors() {
+            Ok(ports) if ports.vfs.contains_key(&vf) => Ok(ports),
+            // Some drivers leave the mode with the last VF.
+            Err(EswitchError::WrongMode) if self.device.has_vf(vf) => Err(EswitchError::WrongMode),
+            Ok(_) | Err(EswitchError::WrongMode) => Err(EswitchError::NoSuchVf(vf)),
+            Err(error) => Err(error),
+        }
+    }
+
     fn representor(&mut self, vf: VfIndex) -> Result<Representor, EswitchError> {
-        self.representors()?.vfs.remove(&vf).ok_or(EswitchError::NoSuchVf(vf))
+        self.representors_with(vf)?.vfs.remove(&vf).ok_or(EswitchError::NoSuchVf(vf))
     }
 
     fn set_up(&mut self, vf: VfIndex, up: bool) -> Result<(), EswitchError> {
@@ -186,12 +197,12 @@ impl Eswitch for Switchdev {
         let Program::Switchdev(program) = program else {
             return Err(EswitchError::WrongMode);
         };
-        let ports = self.representors()?;
+        let ports = self.representors_with(vf)?;
         self.rules.program(&ports, vf, program)
     }
 
     fn read_back(&mut self, vf: VfIndex) -> Result<Observed, EswitchError> {
-        let ports = self.representors()?;
+        let ports = self.representors_with(vf)?;
         let representor = ports.vfs.get(&vf).ok_or(EswitchError::NoSuchVf(vf))?;
         let enabled = representor.is_up().ok_or(EswitchError::NoSuchVf(vf))?;
         let Found { enforced, foreign } = self.rules.read_back(&ports, vf)?;
@@ -213,7 +224,12 @@ impl Eswitch for Switchdev {
 
     fn unprogram(&mut self, vf: VfIndex) -> Result<(), EswitchError> {
         self.disable(vf)?;
-        let removed = self.representors().and_then(|ports| self.rules.remove(&ports, vf));
+        // A VF that is gone may still have rules on the uplink.
+        let removed = match self.representors() {
+            Err(EswitchError::WrongMode) => self.representors_with(vf),
+            result => result,
+        };
+        let removed = removed.and_then(|ports| self.rules.remove(&ports, vf));
         gone_is_fine(removed)
     }
 

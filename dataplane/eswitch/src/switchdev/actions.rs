@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use sluice_policy::config::Rate;
 use sluice_policy::net::VlanId;
-use sluice_policy::placement::{FlowerAction, Target, VfIndex, VlanProtocol};
+use sluice_policy::placement::{FlowerAction, RulePort, Target, VfIndex, VlanProtocol};
 
 use crate::netlink::attr::{Attributes, Read, u32_at};
 
@@ -55,13 +55,32 @@ pub(super) struct Scope {
     pub(super) vfs: BTreeMap<VfIndex, u32>,
     /// The tag.
     pub(super) cookie: Cookie,
-    /// The number of the bucket that its police actions share.
-    pub(super) bucket: u32,
+    /// Interface of the VF's own representor; 0 if it is gone.
+    pub(super) own: u32,
+    /// Which of the program's representors the rule is on.
+    pub(super) port: RulePort,
     /// Where its chains are.
     pub(super) layout: Layout,
 }
 
 impl Scope {
+    /// The number of the bucket that police actions of a rate share. The kernel numbers buckets of all interfaces
+    /// together and removes them some time after their rules: one of another rate must not be met by its number, so
+    /// the number is drawn from all of this. What the kernel numbers itself has small numbers.
+    pub(super) fn bucket(&self, rate: Rate) -> u32 {
+        let port = match self.port {
+            RulePort::Own => 0,
+            RulePort::Uplink => 1,
+        };
+        let words = [u64::from(self.own), port, rate.bits_per_second, rate.burst_bytes];
+        // FNV-1a.
+        let hash = words
+            .into_iter()
+            .flat_map(u64::to_be_bytes)
+            .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+        hash | 1 << 31
+    }
+
     fn ifindex(&self, target: Target) -> Option<u32> {
         match target {
             Target::Uplink => Some(self.uplink),
@@ -112,7 +131,7 @@ fn encode_one(action: &FlowerAction, scope: &Scope) -> Option<(&'static str, Att
                 .put(VLAN_PUSH_PROTOCOL, &protocol.tpid().to_be_bytes())
                 .put(VLAN_PUSH_PRIORITY, &[*priority]),
         ),
-        FlowerAction::Police(rate) => ("police", encode_police(*rate, scope.bucket)),
+        FlowerAction::Police(rate) => ("police", encode_police(*rate, scope.bucket(*rate))),
     })
 }
 
@@ -181,17 +200,17 @@ fn decode_one(action: &Read<'_>, scope: &Scope) -> Option<FlowerAction> {
             vid: VlanId::new(options.u16(VLAN_PUSH_ID)?.into()).ok()?,
             priority: options.u8(VLAN_PUSH_PRIORITY).unwrap_or(0),
         }),
-        ("police", _) => decode_police(action, &options, scope.bucket).map(FlowerAction::Police),
+        ("police", _) => decode_police(action, &options, scope).map(FlowerAction::Police),
         _ => None,
     }
 }
 
-fn decode_police(action: &Read<'_>, options: &Read<'_>, bucket: u32) -> Option<Rate> {
+fn decode_police(action: &Read<'_>, options: &Read<'_>, scope: &Scope) -> Option<Rate> {
     let parms = options.get(POLICE_TBF)?;
     let rate = cookie::decode_rate(action.get(ACT_COOKIE)?)?;
     let (bytes_per_second, burst) = rounded(rate);
     let found = options.u64(POLICE_RATE64).or_else(|| u32_at(parms, 28).map(u64::from));
-    let is_ours = u32_at(parms, 0) == Some(bucket)
+    let is_ours = u32_at(parms, 0) == Some(scope.bucket(rate))
         && u32_at(parms, 4) == Some(TC_ACT_SHOT)
         && u32_at(parms, 12) == Some(burst)
         && found == Some(bytes_per_second)

@@ -131,6 +131,12 @@ impl Device {
         self.folder.exists()
     }
 
+    /// Whether there is such a VF, whatever the mode.
+    pub(super) fn has_vf(&self, vf: VfIndex) -> bool {
+        let count: u32 = read(&self.folder, "sriov_numvfs").and_then(|text| text.parse().ok()).unwrap_or(0);
+        u32::from(vf.0) < count
+    }
+
     /// How many VFs it may have; or, if it does not say, has.
     pub(super) fn max_vfs(&self) -> u16 {
         let number = |name| read(&self.folder, name)?.parse().ok();

@@ -311,16 +311,13 @@ fn ifindex(ports: &Representors, vf: VfIndex, port: RulePort) -> Option<u32> {
 fn scope(ports: &Representors, vf: VfIndex, port: RulePort, hash: u64) -> Scope {
     let vfs: BTreeMap<VfIndex, u32> =
         ports.vfs.iter().map(|(vf, representor)| (*vf, representor.ifindex)).collect();
-    // The kernel numbers buckets for all interfaces together, and picks small numbers itself.
     let own = vfs.get(&vf).copied().unwrap_or(0);
     Scope {
         uplink: ports.uplink.ifindex,
         cookie: Cookie { vf, hash },
-        bucket: BUCKETS | own << 1 | u32::from(port == RulePort::Uplink),
+        own,
+        port,
         layout: Layout::new(port, vf),
         vfs,
     }
 }
-
-/// Where the numbers of our buckets begin.
-const BUCKETS: u32 = 0x5100_0000;

@@ -21,7 +21,8 @@ fn scope(port: RulePort) -> Scope {
         uplink: 20,
         vfs: BTreeMap::from([(VfIndex(0), 21), (VfIndex(1), 22)]),
         cookie: Cookie { vf: VfIndex(1), hash: 0x0102_0304_0506_0708 },
-        bucket: 0x5100_002c,
+        own: 22,
+        port,
         layout: Layout::new(port, VfIndex(1)),
     }
 }
@@ -119,7 +120,7 @@ fn a_police_action_is_what_nics_take() {
     // 8 Mbit/s are 1 000 000 bytes/s, and 64 000 bytes take 64 ms, 1 000 000 ticks.
     let million = [0x40, 0x42, 0x0f, 0];
     let parms = [
-        &[0x2c, 0, 0, 0x51][..],
+        &scope(RulePort::Uplink).bucket(rate()).to_le_bytes()[..],
         &[2, 0, 0, 0, 0, 0, 0, 0],
         &million,
         &[0, 0, 0, 0],
@@ -136,6 +137,16 @@ fn a_police_action_is_what_nics_take() {
     let cookie = attribute(6, b"sluice\x00\x01\x01\x02\x03\x04\x05\x06\x07\x08");
     let goto = [attribute(1, b"gact\0"), attribute(2, &goto), cookie].concat();
     assert_eq!(list, [attribute(1, &police), attribute(2, &goto)].concat());
+}
+
+#[test]
+fn buckets_are_shared_by_the_rules_of_one_vf_and_rate_only() {
+    let slower = Rate { bits_per_second: 7_999_999, ..rate() };
+    let (own, uplink) = (scope(RulePort::Own), scope(RulePort::Uplink));
+    let other = Scope { own: 21, ..own.clone() };
+    let numbers = [own.bucket(rate()), own.bucket(slower), uplink.bucket(rate()), other.bucket(rate())];
+    assert_eq!(std::collections::BTreeSet::from(numbers).len(), numbers.len(), "{numbers:x?}");
+    assert!(numbers.iter().all(|number| *number >= 1 << 31), "the kernel numbers from 1 up");
 }
 
 fn matches() -> Vec<FlowerMatch> {
@@ -241,7 +252,7 @@ fn actions_are_read_as_they_were_written_and_no_others() {
             assert_eq!(actions::decode(&Read::new(&bytes), &scope).as_ref(), Some(wanted));
             assert_eq!(actions::cookie(&Read::new(&bytes)), Some(scope.cookie));
             // Redirects and buckets of another eSwitch are not ours.
-            let other = Scope { uplink: 30, vfs: BTreeMap::new(), bucket: 1, ..scope.clone() };
+            let other = Scope { uplink: 30, vfs: BTreeMap::new(), own: 1, ..scope.clone() };
             let names_something =
                 |action: &FlowerAction| matches!(action, FlowerAction::Redirect(_) | FlowerAction::Police(_));
             if wanted.iter().any(names_something) {
