@@ -12,6 +12,9 @@ use sluice_policy::placement::{Capabilities, FlowerProgram, Program, VfSettings}
 
 use crate::contract::{Enforced, Eswitch, EswitchError, Observed, Vf, VfIndex, VfStats};
 
+/// So many writes back a stale reading may be.
+const HISTORY_MAX: usize = 6;
+
 /// How often each fault happens, in percent of the calls that it can happen to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Faults {
@@ -23,7 +26,7 @@ pub struct Faults {
     pub error_halfway: usize,
     /// Success, and nothing was done.
     pub lost_effect: usize,
-    /// A reading from before the last write.
+    /// A reading from before one of the last writes.
     pub stale_reading: usize,
     /// No room.
     pub table_full: usize,
@@ -60,8 +63,8 @@ pub struct Chaos<E> {
     faults: Faults,
     /// Calls until the device is back.
     gone_for: usize,
-    /// What each VF was before the last write to it.
-    before: BTreeMap<VfIndex, Observed>,
+    /// What each VF was before the last writes to it, latest last.
+    before: BTreeMap<VfIndex, Vec<Observed>>,
     /// VFs whose last reading was stale.
     lied: BTreeSet<VfIndex>,
     /// VFs that were touched behind our back, and whether a true reading has been given since.
@@ -207,7 +210,11 @@ impl<E: Eswitch> Chaos<E> {
         if let Some(vf) = vf
             && let Ok(observed) = self.inner.read_back(vf)
         {
-            self.before.insert(vf, observed);
+            let history = self.before.entry(vf).or_default();
+            if history.len() == HISTORY_MAX {
+                history.remove(0);
+            }
+            history.push(observed);
         }
         match self.fate() {
             Fate::Succeeds => whole(&mut self.inner),
@@ -292,12 +299,10 @@ impl<E: Eswitch> Eswitch for Chaos<E> {
         if self.chance(self.faults.error_before) {
             return Err(self.failure("reading"));
         }
-        if !self.lied.contains(&vf)
-            && let Some(before) = self.before.get(&vf).cloned()
-            && self.chance(self.faults.stale_reading)
+        if !self.lied.contains(&vf) && self.before.contains_key(&vf) && self.chance(self.faults.stale_reading)
         {
             self.lied.insert(vf);
-            return Ok(before);
+            return Ok(self.rng.pick(&self.before[&vf]).clone());
         }
         self.lied.remove(&vf);
         if let Some(seen) = self.touched.get_mut(&vf) {

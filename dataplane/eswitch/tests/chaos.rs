@@ -11,7 +11,7 @@ use sluice_eswitch::chaos::{Chaos, Faults};
 use sluice_eswitch::contract::{ErrorClass, Eswitch, VfIndex};
 use sluice_eswitch::lifecycle::allocate::{Candidate, Hysteresis, allocate};
 use sluice_eswitch::lifecycle::execute::{check, execute};
-use sluice_eswitch::lifecycle::{Action, Command, Event, Lifecycle, Path, Timing, answer};
+use sluice_eswitch::lifecycle::{Action, Cause, Command, Event, Lifecycle, Path, Timing, answer};
 use sluice_eswitch::soft::{Flaws, Soft};
 use sluice_policy::config::{Attachment, Config, Hook, Policy, Switch, Uplink, VlanMode, Vnic};
 use sluice_policy::generate::Rng;
@@ -175,6 +175,9 @@ impl World {
                 let is_closing = matches!(action, Action::Close(_) | Action::Clean(_));
                 let may_close = machine.uses_software || machine.software_failed;
                 assert!(!is_closing || may_close, "vm{number} is closed before its software path is used");
+                if result.is_ok() {
+                    believe(&self.nic, action);
+                }
                 answer(command.ticket, result)
             }
             (_, None) if hitch => {
@@ -412,6 +415,25 @@ impl World {
     }
 }
 
+/// What a command says that it has seen, is so.
+fn believe(nic: &Chaos<Soft>, action: &Action) {
+    let truth = |vf: &VfIndex| nic.inner().truth(*vf).expect("the VF exists");
+    match action {
+        Action::Close(vf) => assert!(!truth(vf).enabled, "{vf} is said to be closed"),
+        Action::Clean(vf) => {
+            let is_clean = nic.inner().is_pristine(*vf) || nic.touched(*vf).is_some();
+            assert!(is_clean && !truth(vf).enabled, "{vf} is said to be clean");
+        }
+        Action::Program { vf, program, .. } | Action::Open { vf, program } => {
+            let is_held = truth(vf).differences(program).is_empty() || nic.touched(*vf).is_some();
+            assert!(is_held, "{vf} is said to be programmed, and is {:?}", truth(vf));
+            let is_open = matches!(action, Action::Open { .. });
+            assert!(truth(vf).enabled == is_open || nic.touched(*vf).is_some(), "{vf} after {action:?}");
+        }
+        Action::Plug(_) | Action::UseHardware(_) | Action::UseSoftware | Action::Unplug { .. } => {}
+    }
+}
+
 /// Runs one sequence; what it went through.
 fn sequence(seed: u64) -> World {
     let mut world = World::new(seed);
@@ -441,7 +463,7 @@ fn no_vf_is_ever_open_with_less_than_its_policy_and_all_settles() {
             failures += counters.failures;
             for ((_, to, cause), count) in &counters.transitions {
                 in_hardware += if *to == Path::Hardware { *count } else { 0 };
-                drifts += if format!("{cause:?}") == "Drift" { *count } else { 0 };
+                drifts += if *cause == Cause::Drift { *count } else { 0 };
             }
         }
     }
