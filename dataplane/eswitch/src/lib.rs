@@ -7,6 +7,7 @@
 
 pub mod chaos;
 pub mod contract;
+pub mod legacy;
 pub mod lifecycle;
 mod netlink;
 pub mod soft;

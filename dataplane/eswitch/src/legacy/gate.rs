@@ -1,0 +1,156 @@
+//! Opening and closing VFs: by their link state, or where the driver has none, by binding a driver.
+
+use sluice_policy::placement::Feature;
+
+use super::codec::{LinkState, Setting, VfReport};
+use super::{Legacy, errors};
+use crate::contract::{EswitchError, VfIndex};
+
+/// How often a VF is bound again that came up without the address that it was given: the PF's answer gets lost while the
+/// PF is being reset.
+const BINDS: usize = 5;
+
+/// How VFs of a PF are closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Gate {
+    /// Their links are forced down.
+    LinkState,
+    /// They have no driver.
+    Driver,
+}
+
+impl Legacy {
+    /// How VFs are closed here. It is found out once, by setting the link state that a VF has already.
+    fn gate(&mut self, vf: VfIndex, report: &VfReport) -> Result<Gate, EswitchError> {
+        if let Some(gate) = self.gate {
+            return Ok(gate);
+        }
+        let gate = if report.link == LinkState::Disable {
+            Gate::LinkState
+        } else {
+            match self.write(vf, &Setting::Link(report.link)) {
+                Ok(()) => Gate::LinkState,
+                Err(EswitchError::Uncovered { .. }) if self.device.is_pci() => Gate::Driver,
+                Err(error) => return Err(error),
+            }
+        };
+        self.gate = Some(gate);
+        Ok(gate)
+    }
+
+    /// Whether something may use the VF.
+    pub(super) fn is_open(&mut self, vf: VfIndex, report: &VfReport) -> Result<bool, EswitchError> {
+        Ok(match self.gate(vf, report)? {
+            Gate::LinkState => report.link != LinkState::Disable,
+            Gate::Driver => self.device.vf(vf).driver.is_some(),
+        })
+    }
+
+    /// Closes a VF, and makes sure.
+    pub(super) fn close(&mut self, vf: VfIndex) -> Result<(), EswitchError> {
+        let (_, report) = self.report_of(vf)?;
+        if !self.is_open(vf, &report)? {
+            return Ok(());
+        }
+        if self.gate(vf, &report)? == Gate::LinkState {
+            self.write(vf, &Setting::Link(LinkState::Disable))?;
+            let (_, report) = self.report_of(vf)?;
+            if report.link == LinkState::Disable {
+                return Ok(());
+            }
+            if !self.device.is_pci() {
+                let detail = format!("{vf} state: it was set to disable, and reads back {:?}", report.link);
+                return Err(EswitchError::Uncovered { feature: Feature::PortState, detail });
+            }
+            // The driver takes the setting and does nothing.
+            self.gate = Some(Gate::Driver);
+        }
+        self.take_driver(vf)
+    }
+
+    fn take_driver(&mut self, vf: VfIndex) -> Result<(), EswitchError> {
+        let Some(driver) = self.device.vf(vf).driver else { return Ok(()) };
+        if driver.starts_with("vfio") {
+            let detail = format!(
+                "{vf} is held by {driver}, and {} has no other way to close it; detach it from the VM first",
+                self.netdev.name
+            );
+            return Err(EswitchError::Busy { detail });
+        }
+        self.writes += 1;
+        let unbound = self.device.unbind(vf);
+        match (unbound, self.device.vf(vf).driver) {
+            (_, None) => {
+                self.taken_drivers.insert(vf, driver);
+                Ok(())
+            }
+            (Err(error), Some(_)) => {
+                Err(errors::of_sysfs(&format!("taking driver {driver} from {vf}"), &error))
+            }
+            (Ok(()), Some(found)) => {
+                let detail = format!("somebody bound {found} to {vf} at the same moment");
+                Err(EswitchError::Busy { detail })
+            }
+        }
+    }
+
+    /// Opens a VF, and makes sure.
+    pub(super) fn open_gate(&mut self, vf: VfIndex) -> Result<(), EswitchError> {
+        let (pf, report) = self.report_of(vf)?;
+        if self.gate(vf, &report)? == Gate::LinkState {
+            if report.link != LinkState::Disable {
+                return Ok(());
+            }
+            self.write(vf, &Setting::Link(LinkState::Auto))?;
+            let (_, report) = self.report_of(vf)?;
+            return match report.link {
+                LinkState::Disable => Err(EswitchError::Broken {
+                    operation: format!("opening {vf}"),
+                    detail: "its link state was set to auto, and reads back disable".into(),
+                }),
+                _ => Ok(()),
+            };
+        }
+        if self.device.vf(vf).driver.is_some() && self.has_its_address(vf, &report) {
+            return Ok(());
+        }
+        if !pf.up {
+            let detail = format!("{} is down, and its VFs get no address then; set it up", self.netdev.name);
+            return Err(EswitchError::Busy { detail });
+        }
+        for _ in 0..BINDS {
+            self.take_driver(vf)?;
+            self.give_driver(vf)?;
+            if self.has_its_address(vf, &report) {
+                return Ok(());
+            }
+        }
+        self.take_driver(vf)?;
+        let detail = format!("{vf} came up {BINDS} times without its address {}", report.mac);
+        Err(EswitchError::Busy { detail })
+    }
+
+    /// Whether the VF's interface has the address that was programmed, as far as there is one of either.
+    fn has_its_address(&self, vf: VfIndex, report: &VfReport) -> bool {
+        let address = self.device.vf_address(vf);
+        report.mac.is_zero() || address.is_none_or(|address| address == report.mac.to_string())
+    }
+
+    fn give_driver(&mut self, vf: VfIndex) -> Result<(), EswitchError> {
+        let known = self.vf_driver.clone().or_else(|| self.taken_drivers.get(&vf).cloned());
+        let usual = self.quirk.map(|quirk| quirk.vf_driver().to_owned());
+        // A device whose driver is not named is bound only where drivers are probed by themselves.
+        let named = known.or(if self.device.autoprobe() { None } else { usual });
+        self.writes += 1;
+        let what = format!("binding {} to {vf}", named.as_deref().unwrap_or("a driver"));
+        let bound = self.device.bind(vf, named.as_deref());
+        match (self.device.vf(vf).driver, bound) {
+            (Some(_), _) => Ok(()),
+            (None, Err(error)) => Err(errors::of_sysfs(&what, &error)),
+            (None, Ok(())) => Err(EswitchError::Broken {
+                operation: what,
+                detail: "no driver took it; load its module, or name it to sluiced".into(),
+            }),
+        }
+    }
+}
