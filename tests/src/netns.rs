@@ -144,7 +144,10 @@ pub(crate) fn remove(name: &str) {
 }
 
 /// Runs a command and returns its standard output.
-pub(crate) fn check(command: &mut Command) -> Result<String> {
+///
+/// # Errors
+/// When it cannot be started or fails, with what it wrote.
+pub fn check(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("running {command:?}"))?;
     if !output.status.success() {
         bail!(
