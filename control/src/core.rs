@@ -75,6 +75,13 @@ impl Core {
         let adoption = engine.adoption();
         let untouched = origin == Origin::Nowhere && adoption.found_tables;
         let (severity, start) = match origin {
+            Origin::StateDir if count > 0 && !adoption.found_tables => (
+                Severity::Warning,
+                format!(
+                    "started with {count} resources at revision {revision}, but no tables were pinned, and all are made \
+                     anew: so it is after a reboot; else somebody removed the pins, and traffic stood still until now"
+                ),
+            ),
             Origin::StateDir => (Severity::Info, format!("started with {count} resources at revision {revision}")),
             Origin::RuntimeCopy => (
                 Severity::Warning,
