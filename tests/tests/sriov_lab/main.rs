@@ -7,6 +7,7 @@
 
 mod nic;
 mod simulated;
+mod switchdev;
 mod uplink;
 
 use anyhow::Result;
