@@ -198,7 +198,9 @@ impl World {
                 Event::Done(command.ticket)
             }
             (Action::Unplug { by_force: false, .. }, None) if temper == Temper::Clings => return,
-            (Action::Unplug { .. }, None) => {
+            (Action::Unplug { vf, by_force }, None) => {
+                let is_open = self.nic.inner().truth(*vf).is_some_and(|truth| truth.enabled);
+                assert!(!*by_force || !is_open, "{vf} is open, and pulled from under its guest");
                 machine.plugged = None;
                 Event::Done(command.ticket)
             }
