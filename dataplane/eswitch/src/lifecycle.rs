@@ -95,9 +95,10 @@ pub enum Action {
         /// What it must hold.
         program: Program,
     },
-    /// The guest is active on the VF: stop using the software path.
+    /// The guest is active on the VF: stop using the software path. In legacy mode the PF's unicast filter loses the
+    /// vNIC's addresses, and the software switch finds them behind its uplink.
     UseHardware(VfIndex),
-    /// Use the software path.
+    /// Use the software path; in legacy mode, with the vNIC's addresses in the PF's unicast filter.
     UseSoftware,
     /// Take the VF from the guest: done when the guest has let go.
     Unplug {
