@@ -3,9 +3,9 @@
 //! # Closing a VF
 //! A VF is closed by its link state (`ip link set PF vf N state disable`). Drivers without that knob, igb for one, leave
 //! one way: no driver is bound to the VF, so that nothing can use it. Then [`enable`](Eswitch::enable) binds one, and
-//! makes sure that the VF's interface came up with the address that was programmed. A VF that `vfio-pci` holds for a
-//! running VM cannot be taken that way, since the kernel would wait for the VM: that is [`EswitchError::Busy`] until
-//! whoever attached it has detached it.
+//! makes sure that the VF's interface came up with the address that was programmed. A VF that a running VM holds through
+//! VFIO cannot be taken that way, since the kernel would wait for the VM: that is [`EswitchError::Busy`] until whoever
+//! attached it has detached it.
 //!
 //! New VFs get a driver at once on most machines, and are open then. [`Legacy::set_vf_count`] prevents that.
 //!
@@ -273,12 +273,12 @@ impl Eswitch for Legacy {
         let Program::Legacy(wanted) = program else { return Err(EswitchError::WrongMode) };
         let (_, report) = self.report_of(vf)?;
         let settings = steps(&Self::settings(vf, &report)?, wanted);
+        if settings.len() > 1 && self.is_open(vf, &report)? {
+            return Err(EswitchError::Open(vf));
+        }
         self.programmed.insert(vf);
         if settings.is_empty() {
             return Ok(());
-        }
-        if settings.len() > 1 && self.is_open(vf, &report)? {
-            return Err(EswitchError::Open(vf));
         }
         let Err(error) = self.apply(vf, &settings, wanted) else { return Ok(()) };
         match unless_gone(self.close(vf)) {

@@ -1,5 +1,7 @@
 //! What goes wrong: other people's hands, settings that the NIC refuses, VFs and ports that are not there.
 
+use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, bail, ensure};
@@ -150,4 +152,26 @@ fn an_unplugged_port_is_gone_and_its_vfs_are_closed() -> Result<()> {
     ensure!(matches!(error, EswitchError::DeviceGone { .. }), "{error:?}");
     eswitch.disable(VF)?;
     Ok(eswitch.unprogram(VF)?)
+}
+
+#[test]
+#[ignore = "runs in the SR-IOV lab"]
+fn a_vf_that_a_vm_holds_is_busy_until_it_lets_go() -> Result<()> {
+    let mut eswitch = port(7)?.with_vf_driver("vfio-pci");
+    check(Command::new("modprobe").arg("vfio-pci"))?;
+    grant(&mut eswitch, VF, settings(1, Some(100))?)?;
+    let vf = eswitch.vfs()?.swap_remove(0);
+    ensure!(vf.driver.as_deref() == Some("vfio-pci"), "{vf:?} has another driver");
+    // What QEMU does first of all.
+    let device = format!("/sys/bus/pci/devices/{}/iommu_group", vf.pci.as_deref().unwrap_or_default());
+    let group = fs::canonicalize(device)?;
+    let group = Path::new("/dev/vfio").join(group.file_name().unwrap_or_default());
+    let held = fs::OpenOptions::new().read(true).write(true).open(&group)?;
+    let error = writes(&mut eswitch, 0, |eswitch| Ok(eswitch.disable(VF)))?.expect_err("a VM holds it");
+    ensure!(error.class() == ErrorClass::Passing && error.to_string().contains("vfio-pci"), "{error}");
+    ensure!(eswitch.read_back(VF)?.enabled, "it could not be closed, and reads back closed");
+    drop(held);
+    eswitch.unprogram(VF)?;
+    ensure!(!eswitch.read_back(VF)?.enabled, "it was let go, and is still open");
+    Ok(())
 }

@@ -53,16 +53,23 @@ impl Legacy {
             return Ok(());
         }
         if self.gate(vf, &report)? == Gate::LinkState {
-            self.write(vf, &Setting::Link(LinkState::Disable))?;
-            let (_, report) = self.report_of(vf)?;
-            if report.link == LinkState::Disable {
-                return Ok(());
-            }
+            let refused = match self.write(vf, &Setting::Link(LinkState::Disable)) {
+                Ok(()) => {
+                    let (_, report) = self.report_of(vf)?;
+                    if report.link == LinkState::Disable {
+                        return Ok(());
+                    }
+                    let detail =
+                        format!("{vf} state: it was set to disable, and reads back {:?}", report.link);
+                    EswitchError::Uncovered { feature: Feature::PortState, detail }
+                }
+                Err(error @ EswitchError::Uncovered { .. }) => error,
+                Err(error) => return Err(error),
+            };
             if !self.device.is_pci() {
-                let detail = format!("{vf} state: it was set to disable, and reads back {:?}", report.link);
-                return Err(EswitchError::Uncovered { feature: Feature::PortState, detail });
+                return Err(refused);
             }
-            // The driver takes the setting and does nothing.
+            // It took the state that the VF had, and this one it does not take.
             self.gate = Some(Gate::Driver);
         }
         self.take_driver(vf)
@@ -70,9 +77,12 @@ impl Legacy {
 
     fn take_driver(&mut self, vf: VfIndex) -> Result<(), EswitchError> {
         let Some(driver) = self.device.vf(vf).driver else { return Ok(()) };
-        if driver.starts_with("vfio") {
+        // The kernel would wait for the VM to let go.
+        if driver.starts_with("vfio")
+            && let Err(error) = self.device.try_vfio_group(vf)
+        {
             let detail = format!(
-                "{vf} is held by {driver}, and {} has no other way to close it; detach it from the VM first",
+                "a VM holds {vf} through {driver} ({error}), and {} has no other way to close it; detach it first",
                 self.netdev.name
             );
             return Err(EswitchError::Busy { detail });

@@ -117,6 +117,13 @@ impl Device {
         flags().is_some_and(|flags| flags & 1 == 0)
     }
 
+    /// Opens the VF's VFIO group for a moment, which the kernel allows only while nobody else has it open.
+    pub(super) fn try_vfio_group(&self, index: VfIndex) -> io::Result<()> {
+        let path = self.vf_path(index).ok_or(io::ErrorKind::NotFound)?;
+        let group = file_name(&fs::canonicalize(path.join("iommu_group"))?);
+        fs::OpenOptions::new().read(true).write(true).open(Path::new("/dev/vfio").join(group)).map(drop)
+    }
+
     /// Takes the driver from a VF.
     pub(super) fn unbind(&self, index: VfIndex) -> io::Result<()> {
         let path = self.vf_path(index).ok_or(io::ErrorKind::NotFound)?;
