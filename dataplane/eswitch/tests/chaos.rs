@@ -5,10 +5,10 @@
 //! a run, `SLUICE_CASES` sets the number of sequences, `SLUICE_LOG` tells what
 //! happens in them.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use sluice_eswitch::chaos::{Chaos, Faults};
-use sluice_eswitch::contract::{ErrorClass, Eswitch, VfIndex};
+use sluice_eswitch::contract::{ErrorClass, Eswitch, Observed, VfIndex};
 use sluice_eswitch::lifecycle::allocate::{Candidate, Hysteresis, allocate};
 use sluice_eswitch::lifecycle::execute::{check, execute};
 use sluice_eswitch::lifecycle::{Action, Cause, Command, Event, Lifecycle, Path, Timing, answer};
@@ -61,6 +61,8 @@ struct World {
     rng: Rng,
     now: u64,
     is_calm: bool,
+    /// VFs as a former run left them open, until they are closed.
+    inherited: BTreeMap<VfIndex, Observed>,
     is_verbose: bool,
 }
 
@@ -129,10 +131,27 @@ impl World {
             rng,
             now: 0,
             is_calm: false,
+            inherited: BTreeMap::new(),
             is_verbose: std::env::var_os("SLUICE_LOG").is_some(),
         };
         (0..VNICS).for_each(|number| world.place(number));
+        world.inherit();
         world
+    }
+
+    /// A former run was killed, and left some VFs open.
+    fn inherit(&mut self) {
+        for vf in (0..VFS).map(VfIndex) {
+            let number = self.rng.below(VNICS);
+            if self.rng.chance(20)
+                && let Some(program) = self.machines[number].placed.clone()
+            {
+                let nic = self.nic.inner_mut();
+                let left_open = nic.program(vf, &program).and_then(|()| nic.enable(vf));
+                left_open.expect("the model has what it takes");
+                self.inherited.extend(nic.truth(vf).map(|truth| (vf, truth)));
+            }
+        }
     }
 
     #[allow(clippy::print_stderr)] // for whoever replays a sequence
@@ -335,6 +354,12 @@ impl World {
                 self.nic.forget_touched(vf);
             }
             if !truth.enabled {
+                self.inherited.remove(&vf);
+                continue;
+            }
+            // Nobody has had to do with it yet.
+            let is_left_alone = |former: &Observed| *former == truth || self.nic.touched(vf).is_some();
+            if self.inherited.get(&vf).is_some_and(is_left_alone) {
                 continue;
             }
             let path = holder.map(|machine| machine.lifecycle.path());
@@ -363,6 +388,14 @@ impl World {
         self.is_calm = true;
         self.nic.calm();
         self.machines.iter_mut().for_each(|machine| machine.temper = Temper::Willing);
+        // As a daemon does when it starts: what nobody holds is cleaned.
+        for vf in (0..VFS).map(VfIndex) {
+            if !self.machines.iter().any(|machine| machine.lifecycle.vf() == Some(vf)) {
+                let cleaned = execute(&mut self.nic, &Action::Clean(vf));
+                assert_eq!(cleaned, Some(Ok(())));
+                self.nic.forget_touched(vf);
+            }
+        }
         // Longer than any wait of theirs, so that what is still now is still for ever.
         let (mut quiet_rounds, mut rounds) = (0, 0);
         while quiet_rounds < 10 {
@@ -387,9 +420,7 @@ impl World {
             }
         }
         let held: Vec<VfIndex> = self.machines.iter().filter_map(|machine| machine.lifecycle.vf()).collect();
-        let is_clean = |vf: &VfIndex| {
-            held.contains(vf) || self.nic.inner().is_pristine(*vf) || self.nic.touched(*vf).is_some()
-        };
+        let is_clean = |vf: &VfIndex| held.contains(vf) || self.nic.inner().is_pristine(*vf);
         assert!((0..VFS).map(VfIndex).all(|vf| is_clean(&vf)), "a VF that nobody holds was left programmed");
         let writes = self.nic.writes();
         for _ in 0..10 {
