@@ -1,5 +1,5 @@
-//! What only the ethtool ioctl answers simply: does an interface leave checksums to the receiver, does it take VLAN tags
-//! out of what it receives?
+//! What only the ethtool ioctl answers simply: does an interface leave checksums to the receiver, do VLAN tags travel
+//! beside the bytes of what it sends and receives?
 
 #![allow(unsafe_code)]
 
@@ -9,9 +9,10 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// `ETHTOOL_GTXCSUM` of `include/uapi/linux/ethtool.h`.
 const ETHTOOL_GTXCSUM: u32 = 0x16;
-/// `ETHTOOL_GFLAGS`, `ETHTOOL_SFLAGS` and the flag `ETH_FLAG_RXVLAN`, of the same header.
+/// `ETHTOOL_GFLAGS`, `ETHTOOL_SFLAGS` and the flags `ETH_FLAG_TXVLAN` and `ETH_FLAG_RXVLAN`, of the same header.
 const ETHTOOL_GFLAGS: u32 = 0x25;
 const ETHTOOL_SFLAGS: u32 = 0x26;
+const ETH_FLAG_TXVLAN: u32 = 1 << 7;
 const ETH_FLAG_RXVLAN: u32 = 1 << 8;
 /// `SIOCETHTOOL` of `include/uapi/linux/sockios.h`.
 const SIOCETHTOOL: u64 = 0x8946;
@@ -26,6 +27,11 @@ struct Value {
 /// Whether the interface with this index in the calling thread's network namespace has transmit checksum offload on.
 pub(crate) fn transmit_checksum_offload(ifindex: u32) -> io::Result<bool> {
     Ok(ask(ifindex, ETHTOOL_GTXCSUM, 0)? != 0)
+}
+
+/// Whether VLAN tags travel beside the bytes of what it sends.
+pub(crate) fn transmit_vlan_offload(ifindex: u32) -> io::Result<bool> {
+    Ok(ask(ifindex, ETHTOOL_GFLAGS, 0)? & ETH_FLAG_TXVLAN != 0)
 }
 
 /// Whether it hands VLAN tags over beside the bytes of what it receives.

@@ -5,7 +5,7 @@ use sluice_policy::config::Hook;
 use sluice_policy::image::PortImage;
 
 use crate::links::Link;
-use crate::peer;
+use crate::peer::{self, Offloads};
 
 /// What was decided, and what the operator should know about it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -15,6 +15,8 @@ pub(crate) struct Choice {
 }
 
 const LOST_CHECKSUMS: &str = "redirected XDP frames lose partial checksums: TCP would stall";
+
+const HIDDEN_TAGS: &str = "XDP takes frames of VLAN devices there for untagged ones";
 
 /// Chooses for a port on this link.
 pub(crate) fn choose(port: &PortImage, link: &Link) -> Choice {
@@ -38,17 +40,33 @@ pub(crate) fn choose(port: &PortImage, link: &Link) -> Choice {
             view.name, view.kind
         )),
         Hook::Xdp if !is_virtual => Choice { xdp: true, notes: Vec::new() },
-        Hook::Xdp if port.full_checksums => accepted(&view.kind),
-        Hook::Xdp if view.kind == "veth" => match peer::checksum_offload(link) {
-            Ok(false) => accepted(&view.kind),
-            Ok(true) => refused(format!(
+        Hook::Xdp if port.full_checksums => {
+            let mut choice = accepted(&view.kind);
+            if view.kind == "veth" && peer::offloads(link).is_ok_and(|offloads| offloads.tags) {
+                choice.notes.push(format!(
+                    "the peer of {} has transmit VLAN offload on: {HIDDEN_TAGS}; run `ethtool -K eth0 txvlan off` in the \
+                     guest",
+                    view.name
+                ));
+            }
+            choice
+        }
+        Hook::Xdp if view.kind == "veth" => match peer::offloads(link) {
+            Ok(Offloads { checksums: false, tags: false }) => accepted(&view.kind),
+            Ok(Offloads { checksums: true, .. }) => refused(format!(
                 "XDP refused, TCX serves: the peer of {} has transmit checksum offload on, and {LOST_CHECKSUMS}; \
-                 run `ethtool -K eth0 tx off` in the guest and set fullChecksums: true",
+                 run `ethtool -K eth0 tx off txvlan off` in the guest and set fullChecksums: true",
+                view.name
+            )),
+            Ok(Offloads { tags: true, .. }) => refused(format!(
+                "XDP refused, TCX serves: the peer of {} has transmit VLAN offload on, and {HIDDEN_TAGS}; \
+                 run `ethtool -K eth0 txvlan off` in the guest",
                 view.name
             )),
             Err(reason) => refused(format!(
                 "XDP refused, TCX serves: whether {} sends full checksums is unknown ({reason}), and \
-                 {LOST_CHECKSUMS} if it does not; run `ethtool -K eth0 tx off` in the guest and set fullChecksums: true",
+                 {LOST_CHECKSUMS} if it does not; run `ethtool -K eth0 tx off txvlan off` in the guest and set \
+                 fullChecksums: true",
                 view.name
             )),
         },

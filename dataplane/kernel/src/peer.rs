@@ -1,7 +1,7 @@
-//! A look at the far end of a veth, in whatever namespace it is: whether it leaves checksums to the receiver.
+//! A look at the far end of a veth, in whatever namespace it is: what it leaves to the receiver to fill in.
 //!
-//! XDP loses the note "checksum still to be filled in" that travels beside a frame in memory, so a redirected frame of
-//! such a sender arrives with a wrong checksum, and TCP stalls.
+//! XDP loses what travels beside a frame in memory: the note "checksum still to be filled in", so that a redirected frame
+//! arrives with a wrong checksum and TCP stalls; and the tag of a VLAN device, so that the frame passes for an untagged one.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -22,14 +22,32 @@ use crate::netlink::Connection;
 /// Most processes whose namespaces are looked at.
 const PROCESSES_MAX: usize = 4096;
 
-/// Whether the peer of a veth has transmit checksum offload on.
+/// Transmit offloads of an interface that XDP at the other end does not survive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Offloads {
+    /// Checksums are left to be filled in.
+    pub(crate) checksums: bool,
+    /// VLAN tags travel beside the bytes.
+    pub(crate) tags: bool,
+}
+
+impl Offloads {
+    fn read(ifindex: u32) -> io::Result<Offloads> {
+        Ok(Offloads {
+            checksums: ethtool::transmit_checksum_offload(ifindex)?,
+            tags: ethtool::transmit_vlan_offload(ifindex)?,
+        })
+    }
+}
+
+/// The transmit offloads of a veth's peer.
 ///
 /// # Errors
 /// Text that says why it cannot be told.
-pub(crate) fn checksum_offload(link: &Link) -> Result<bool, String> {
+pub(crate) fn offloads(link: &Link) -> Result<Offloads, String> {
     let peer = link.peer.ok_or("it has no peer")?;
     let told = match link.peer_namespace {
-        None => ethtool::transmit_checksum_offload(peer),
+        None => Offloads::read(peer),
         Some(number) => {
             let namespace = find_namespace(number)
                 .map_err(|error| format!("its peer's namespace cannot be looked for: {error}"))?
@@ -38,7 +56,7 @@ pub(crate) fn checksum_offload(link: &Link) -> Result<bool, String> {
             std::thread::scope(|scope| {
                 let asked = scope.spawn(|| {
                     setns(&namespace, CloneFlags::CLONE_NEWNET)?;
-                    ethtool::transmit_checksum_offload(peer)
+                    Offloads::read(peer)
                 });
                 asked.join().unwrap_or_else(|_| Err(io::Error::other("the helper thread panicked")))
             })

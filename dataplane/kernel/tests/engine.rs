@@ -214,7 +214,7 @@ fn xdp_on_a_veth_is_refused_until_checksums_are_full() {
 
         // The peer is looked at in its namespace.
         let off = Command::new("ip")
-            .args(["netns", "exec", &one, "ethtool", "-K", "eth0", "tx", "off"])
+            .args(["netns", "exec", &one, "ethtool", "-K", "eth0", "tx", "off", "txvlan", "off"])
             .output()
             .expect("`ethtool` is installed");
         assert!(off.status.success());

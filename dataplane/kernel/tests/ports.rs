@@ -76,7 +76,7 @@ fn xdp_redirects_to_a_veth_whose_peer_takes_such_frames() {
             vnic
         });
         for guest in &guests {
-            for feature in [["tx", "off"], ["gro", "on"]] {
+            for feature in [["tx", "off"], ["txvlan", "off"], ["gro", "on"]] {
                 let set = Command::new("ip")
                     .args(["netns", "exec", guest, "ethtool", "-K", "eth0"])
                     .args(feature)

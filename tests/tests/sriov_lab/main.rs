@@ -9,6 +9,7 @@ mod nic;
 mod simulated;
 mod switchdev;
 mod uplink;
+mod vlan_devices;
 
 use anyhow::Result;
 use sluice_tests::lab_guest;
