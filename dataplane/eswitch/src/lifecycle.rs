@@ -66,7 +66,8 @@ impl Default for Timing {
 /// Something to be done; to be answered with [`Event::Done`] or [`Event::Failed`] and the ticket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Command {
-    /// Names this command. Answers to older ones are ignored.
+    /// Names this command. One that is no longer [awaited](Lifecycle::awaits) must not be begun, and its answer is
+    /// ignored.
     pub ticket: u64,
     /// What.
     pub action: Action,
@@ -264,6 +265,11 @@ impl Lifecycle {
         }
     }
 
+    /// Whether a command is still wanted.
+    pub fn awaits(&self, ticket: u64) -> bool {
+        self.awaited == Some(ticket)
+    }
+
     /// What the VF must hold while it may be open, for drift to be looked for.
     pub const fn program(&self) -> Option<&Program> {
         match &self.state {
@@ -302,11 +308,11 @@ impl Lifecycle {
     pub fn handle(&mut self, now: u64, event: Event) -> Vec<Command> {
         match event {
             Event::Grant { vf, program } => self.grant(now, vf, program),
-            Event::Done(ticket) if self.awaited == Some(ticket) => {
+            Event::Done(ticket) if self.awaits(ticket) => {
                 self.awaited = None;
                 self.done(now)
             }
-            Event::Failed { ticket, class, text } if self.awaited == Some(ticket) => {
+            Event::Failed { ticket, class, text } if self.awaits(ticket) => {
                 self.awaited = None;
                 self.failed(now, class, text)
             }

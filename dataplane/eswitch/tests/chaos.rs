@@ -181,6 +181,9 @@ impl World {
         let Some(command) = self.machines[number].commands.pop_front() else {
             return;
         };
+        if !self.machines[number].lifecycle.awaits(command.ticket) {
+            return;
+        }
         let hitch = !self.is_calm && self.rng.chance(5);
         let machine = &mut self.machines[number];
         let temper = machine.temper;
@@ -216,6 +219,9 @@ impl World {
                 (machine.uses_software, machine.software_failed) = (true, false);
                 Event::Done(command.ticket)
             }
+            (Action::Unplug { vf, by_force: false }, None) if self.nic.touched(*vf) == Some(true) => {
+                panic!("{vf} was seen to be weakened, and its guest is asked to let go")
+            }
             (Action::Unplug { by_force: false, .. }, None) if temper == Temper::Clings => return,
             (Action::Unplug { vf, by_force }, None) => {
                 let is_open = self.nic.inner().truth(*vf).is_some_and(|truth| truth.enabled);
@@ -234,7 +240,13 @@ impl World {
 
     fn tick(&mut self, milliseconds: u64) {
         self.now += milliseconds;
-        (0..VNICS).for_each(|number| self.send(number, Event::Tick));
+        for number in 0..VNICS {
+            self.send(number, Event::Tick);
+            let lifecycle = &self.machines[number].lifecycle;
+            let waited = self.now - lifecycle.since();
+            let is_late = lifecycle.path() == Path::Attaching && waited >= TIMING.attach;
+            assert!(!is_late, "vm{number} has waited for its guest for {waited} ms");
+        }
     }
 
     /// The periodic reading.
@@ -303,6 +315,7 @@ impl World {
         let Machine { granted, placed, .. } = &self.machines[number];
         if granted.is_some() && granted != placed {
             self.send(number, Event::PolicyChanged("the operator changed it".into()));
+            assert_eq!(self.machines[number].lifecycle.path(), Path::Draining, "vm{number}");
         }
     }
 
@@ -414,6 +427,7 @@ impl World {
                 Some(vf) => {
                     let truth = self.nic.inner().truth(vf).expect("the VF exists");
                     let granted = machine.granted.as_ref().expect("it was granted");
+                    assert_eq!(machine.granted, machine.placed, "vm{number} is under a former policy");
                     assert!(truth.enabled && truth.differences(granted).is_empty(), "vm{number}: {truth:?}");
                     assert!(!machine.uses_software && machine.plugged == Some(vf), "vm{number}");
                 }

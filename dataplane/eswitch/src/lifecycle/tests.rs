@@ -202,6 +202,19 @@ fn a_policy_that_does_not_hold_waits_for_nobody() {
 }
 
 #[test]
+fn an_orderly_way_back_waits_for_the_software_path() {
+    let mut rig = Rig::in_hardware();
+    rig.send(Event::Revoke("migration".into()));
+    for _ in 0..3 {
+        rig.fail(ErrorClass::Passing);
+        assert_eq!(rig.pending, None, "the VF is all the network that it has");
+        rig.wait(Timing::default().retry);
+    }
+    rig.expect(&Action::UseSoftware);
+    rig.expect(&Action::Unplug { vf: VF, by_force: false });
+}
+
+#[test]
 fn a_vf_that_cannot_be_closed_is_never_given_away() {
     let mut rig = Rig::in_hardware();
     rig.send(Event::Drifted("spoofchk is off".into()));
@@ -250,6 +263,7 @@ fn answers_to_old_commands_are_ignored() {
     rig.send(Event::Grant { vf: VF, program: program() });
     let old = rig.pending.take().expect("a command");
     rig.send(Event::Revoke("never mind".into()));
+    assert!(!rig.machine.awaits(old.ticket), "nobody should begin it now");
     let path = rig.machine.path();
     let waiting = rig.pending.clone();
     rig.send(Event::Done(old.ticket));
