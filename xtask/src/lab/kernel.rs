@@ -1,8 +1,8 @@
 //! The guest's kernel: Debian's packages, unpacked and never installed, and the `netdevsim` module, which Debian does
 //! not ship, built from Debian's source of the same version.
 //!
-//! Kept as `target/lab/kernels/VERSION`. Which version is there does not change by itself: delete the folder to get
-//! the newest.
+//! Kept as `target/lab/kernels/VERSION`; the newest that is there is used, unless a series is asked for. What is there
+//! does not change by itself: delete the folder to get what Debian has by then.
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
@@ -55,20 +55,30 @@ pub(super) fn ensure(series: Option<&str>) -> Result<Kernel> {
 
 /// The newest kernel of a series that is there already.
 fn prepared(kernels: &Path, series: Option<&str>) -> Result<Option<Kernel>> {
-    let mut newest = None;
+    let mut newest: Option<PathBuf> = None;
     for entry in fs::read_dir(kernels).context("reading the lab's kernels")? {
-        let entry = entry.context("reading the lab's kernels")?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let wanted = series.is_none_or(|series| self::series(&name) == series);
-        if name.starts_with('.') || !wanted {
+        let path = entry.context("reading the lab's kernels")?.path();
+        let name = name_of(&path);
+        if name.starts_with('.') || series.is_some_and(|series| self::series(&name) != series) {
             continue;
         }
-        let made = entry.metadata().and_then(|data| data.modified()).context("reading the lab's kernels")?;
-        if newest.as_ref().is_none_or(|(latest, _)| made > *latest) {
-            newest = Some((made, entry.path()));
+        if newest.as_ref().is_none_or(|other| numbers(&name) > numbers(&name_of(other))) {
+            newest = Some(path);
         }
     }
-    newest.map(|(_, folder)| open(folder)).transpose()
+    newest.map(open).transpose()
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// The numbers in a version, which compare as versions of kernels do.
+fn numbers(version: &str) -> Vec<u64> {
+    version
+        .split(|character: char| !character.is_ascii_digit())
+        .filter_map(|part| part.parse().ok())
+        .collect()
 }
 
 fn open(folder: PathBuf) -> Result<Kernel> {
@@ -154,7 +164,7 @@ fn prepare(kernels: &Path, series: Option<&str>) -> Result<Kernel> {
     let mut source = None;
     let unpacked = work.join("root");
     for package in archive.download(&packaged.packages(&archive), &work.join("packages"))? {
-        let name = package.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = name_of(&package);
         if name.starts_with("linux-source-") {
             source = Some(package);
             continue;
@@ -324,12 +334,18 @@ fn run_with_own_libc(kbuild: &Path, libc: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::series;
+    use super::{numbers, series};
 
     #[test]
     fn a_version_names_its_series() {
         assert_eq!(series("7.2.12-1~bpo13+1"), "7.2");
         assert_eq!(series("6.12.95-1~bpo12+1"), "6.12");
         assert_eq!(series("8.0-1"), "8.0");
+    }
+    #[test]
+    fn versions_are_in_order() {
+        assert!(numbers("7.2.12-1~bpo13+1") > numbers("6.12.107-1"));
+        assert!(numbers("7.2.12-1~bpo13+1") > numbers("7.2.9-1~bpo13+1"));
+        assert!(numbers("7.10.1-1") > numbers("7.9.8-1"));
     }
 }
