@@ -102,6 +102,15 @@ impl Legacy {
         self
     }
 
+    /// Whether opening a VF binds its driver: then it has no interface before, and what gives it to a guest comes after.
+    ///
+    /// # Errors
+    /// Of class passing, gone or broken.
+    pub fn opens_by_binding(&mut self, vf: VfIndex) -> Result<bool, EswitchError> {
+        let (_, report) = self.report_of(vf)?;
+        Ok(self.gate(vf, &report)? == Gate::Driver)
+    }
+
     /// How many VFs there can be; `None` if the device does not say.
     pub fn vf_limit(&self) -> Option<u16> {
         self.device.vf_limit()

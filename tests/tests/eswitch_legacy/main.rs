@@ -16,10 +16,12 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use sluice_eswitch::contract::{Enforced, Eswitch, VfIndex};
 use sluice_eswitch::legacy::Legacy;
+use sluice_eswitch::lifecycle::Action;
+use sluice_eswitch::lifecycle::execute::{check, execute};
 use sluice_policy::net::{MacAddr, VlanId};
 use sluice_policy::placement::{PortVlan, Program, VfSettings, VlanProtocol};
 use sluice_tests::lab_guest::{self, PATIENCE, give};
-use sluice_tests::netns::check;
+use sluice_tests::netns;
 use sluice_tests::{Netns, tools, wait_until};
 
 #[test]
@@ -72,7 +74,7 @@ fn port(vfs: u16) -> Result<Legacy> {
 /// `ip link set` on the port, for what other people do to it.
 fn set_port(setting: &str) -> Result<()> {
     let words = ["link", "set", PORT].into_iter().chain(setting.split(' '));
-    check(Command::new("ip").args(words)).map(drop)
+    netns::check(Command::new("ip").args(words)).map(drop)
 }
 
 /// The port's VFs, as an operator makes and removes them.
@@ -100,6 +102,34 @@ fn grant(eswitch: &mut Legacy, vf: VfIndex, settings: VfSettings) -> Result<()> 
     eswitch.enable(vf)?;
     ensure!(eswitch.read_back(vf)?.enabled, "{vf} was opened, and reads back closed");
     Ok(())
+}
+
+/// The same as the lifecycle does it, there and back, which sees for itself what the NIC holds; then once more without
+/// a write.
+fn lifecycle(eswitch: &mut Legacy, vf: VfIndex, settings: VfSettings, opens_by_binding: bool) -> Result<()> {
+    let program = Program::Legacy(settings);
+    let act = |eswitch: &mut Legacy, action: &Action| match execute(eswitch, action) {
+        Some(result) => result.with_context(|| format!("{action:?}")),
+        None => anyhow::bail!("{action:?} is not for the NIC"),
+    };
+    ensure!(eswitch.opens_by_binding(vf)? == opens_by_binding, "it opens the other way");
+    let there = [
+        Action::Close(vf),
+        Action::Program { vf, program: program.clone(), is_open: false },
+        Action::Open { vf, program: program.clone() },
+    ];
+    for action in &there {
+        act(eswitch, action)?;
+    }
+    writes(eswitch, 0, |eswitch| {
+        act(eswitch, &there[2])?;
+        Ok(check(eswitch, vf, &program)?)
+    })?;
+    let back = [Action::Close(vf), Action::Clean(vf)];
+    for action in &back {
+        act(eswitch, action)?;
+    }
+    writes(eswitch, 0, |eswitch| back.iter().try_for_each(|action| act(eswitch, action)))
 }
 
 /// The settings that a VF has.

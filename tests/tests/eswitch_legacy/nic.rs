@@ -11,7 +11,9 @@ use sluice_tests::lab_guest::give;
 use sluice_tests::netns::check;
 use sluice_tests::tools;
 
-use super::{PORT, found, grant, interface, ip, mac, ping, port, set_port, set_vfs, settings, vm, writes};
+use super::{
+    PORT, found, grant, interface, ip, lifecycle, mac, ping, port, set_port, set_vfs, settings, vm, writes,
+};
 
 const VF: VfIndex = VfIndex(0);
 
@@ -47,6 +49,15 @@ fn a_vf_is_programmed_opened_repaired_and_given_back() -> Result<()> {
         eswitch.disable(VF)?;
         Ok(eswitch.unprogram(VF)?)
     })
+}
+
+#[test]
+#[ignore = "runs in the SR-IOV lab"]
+fn the_lifecycle_finds_what_it_looks_for() -> Result<()> {
+    let mut eswitch = port(7)?;
+    let wanted = settings(1, Some(100))?;
+    lifecycle(&mut eswitch, VF, wanted, true)?;
+    lifecycle(&mut eswitch, VF, VfSettings { spoofchk: false, vlan: None, ..wanted }, true)
 }
 
 #[test]

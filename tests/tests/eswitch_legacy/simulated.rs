@@ -10,7 +10,7 @@ use sluice_policy::placement::{Evidence, Program, VfSettings, VlanProtocol};
 use sluice_tests::lab_guest::{self, PATIENCE};
 use sluice_tests::wait_until;
 
-use super::{found, grant, mac, port_vlan, writes};
+use super::{found, grant, lifecycle, mac, port_vlan, writes};
 
 /// A simulated NIC with one port. It goes when it is dropped.
 pub(crate) struct Simulated {
@@ -81,7 +81,8 @@ fn every_knob_of_the_last_of_250_vfs_is_turned_and_read_back() -> Result<()> {
     ensure!(!eswitch.read_back(vf)?.enabled, "it was given back and is open");
     let left = found(&mut eswitch, vf)?;
     ensure!(left == VfSettings { spoofchk: true, ..VfSettings::default() }, "{left:?} is left behind");
-    writes(&mut eswitch, 0, |eswitch| Ok(eswitch.unprogram(vf)?))
+    writes(&mut eswitch, 0, |eswitch| Ok(eswitch.unprogram(vf)?))?;
+    lifecycle(&mut eswitch, vf, wanted, false)
 }
 
 #[test]

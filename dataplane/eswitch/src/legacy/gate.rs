@@ -21,7 +21,7 @@ pub(super) enum Gate {
 
 impl Legacy {
     /// How VFs are closed here. It is found out once, by setting the link state that a VF has already.
-    fn gate(&mut self, vf: VfIndex, report: &VfReport) -> Result<Gate, EswitchError> {
+    pub(super) fn gate(&mut self, vf: VfIndex, report: &VfReport) -> Result<Gate, EswitchError> {
         if let Some(gate) = self.gate {
             return Ok(gate);
         }
