@@ -24,7 +24,7 @@ mod rules;
 use std::collections::BTreeSet;
 
 use sluice_policy::net::MacAddr;
-use sluice_policy::placement::{Capabilities, Evidence, FlowerSupport, Mode, Program};
+use sluice_policy::placement::{Capabilities, Evidence, FlowerSupport, Mode, Program, RulePort};
 
 use crate::contract::{Eswitch, EswitchError, Observed, Vf, VfIndex, VfStats};
 use crate::netlink::{Connection, Refusal};
@@ -32,7 +32,7 @@ use devlink::Devlink;
 use representors::Device;
 
 pub use representors::{Representor, Representors};
-pub use rules::{Found, Rules};
+pub use rules::{Counters, Found, Rules};
 
 /// `RTM_NEWLINK` of linux/rtnetlink.h, and `IFF_UP`.
 const RTM_NEWLINK: u16 = 16;
@@ -211,13 +211,16 @@ impl Eswitch for Switchdev {
 
     fn stats(&mut self, vf: VfIndex) -> Result<VfStats, EswitchError> {
         // A representor receives what the VF sends.
-        let representor = self.representor(vf)?;
+        let ports = self.representors_with(vf)?;
+        let representor = ports.vfs.get(&vf).ok_or(EswitchError::NoSuchVf(vf))?;
+        let from_vm = self.rules.counters(&ports, vf, RulePort::Own)?;
         Ok(VfStats {
             from_vm_frames: representor.counter("rx_packets"),
             from_vm_bytes: representor.counter("rx_bytes"),
             to_vm_frames: representor.counter("tx_packets"),
             to_vm_bytes: representor.counter("tx_bytes"),
-            from_vm_dropped: None,
+            from_vm_dropped: Some(from_vm.dropped),
+            // Rules to a VM only send; what they do not take, software decides.
             to_vm_dropped: None,
         })
     }

@@ -14,7 +14,12 @@ use super::layout::Layout;
 
 const ACT_KIND: u16 = 1;
 const ACT_OPTIONS: u16 = 2;
+const ACT_STATS: u16 = 4;
 const ACT_COOKIE: u16 = 6;
+/// linux/gen_stats.h: bytes and packets; the queue's counters; packets beyond 32 bits.
+const STATS_BASIC: u16 = 1;
+const STATS_QUEUE: u16 = 3;
+const STATS_PACKETS: u16 = 8;
 /// The parameters of gact, vlan and mirred.
 const PARMS: u16 = 2;
 const VLAN_PUSH_ID: u16 = 3;
@@ -164,6 +169,23 @@ fn rounded(rate: Rate) -> (u64, u32) {
     let bytes_per_second = (rate.bits_per_second / 8).max(1);
     let ticks = u128::from(rate.burst_bytes) * 1_000_000_000 / u128::from(bytes_per_second) / TICK_NS;
     (bytes_per_second, u32::try_from(ticks).unwrap_or(u32::MAX))
+}
+
+/// How many frames came to the last action; and how many a bucket dropped, which its other rules' actions say too.
+pub(super) fn frames(list: &Read<'_>) -> (u64, u64) {
+    fn stats(action: &[u8]) -> Read<'_> {
+        Read::new(action).nested(ACT_STATS)
+    }
+    let last = list.values().last().map_or(0, |action| {
+        let stats = stats(action);
+        let narrow = stats.get(STATS_BASIC).and_then(|basic| u32_at(basic, 8)).map(u64::from);
+        stats.u64(STATS_PACKETS).or(narrow).unwrap_or(0)
+    });
+    let is_police = |action: &&[u8]| Read::new(action).text(ACT_KIND).as_deref() == Some("police");
+    let dropped = list.values().filter(is_police).filter_map(|action| {
+        stats(action).get(STATS_QUEUE).and_then(|queue| u32_at(queue, 8)).map(u64::from)
+    });
+    (last, dropped.max().unwrap_or(0))
 }
 
 /// Our tag, if any of the actions bears it.

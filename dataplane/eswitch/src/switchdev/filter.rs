@@ -100,6 +100,11 @@ impl Filter {
         })
     }
 
+    /// See [`actions::frames`].
+    pub(super) fn frames(&self) -> (u64, u64) {
+        actions::frames(&Read::new(&self.options).nested(ACTIONS))
+    }
+
     /// What to call it: what `tc filter show` prints.
     pub(super) fn name(&self) -> String {
         let Filter { kind, chain, priority, protocol, handle, .. } = self;

@@ -28,6 +28,17 @@ pub struct Found {
     pub foreign: Vec<String>,
 }
 
+/// Where the rules on one representor have sent frames, since they were written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Dropped by a rule or for the rate.
+    pub dropped: u64,
+    /// Given to software by a rule. Frames that no rule matches go there too, uncounted.
+    pub software: u64,
+    /// Sent out of the uplink or to a VF.
+    pub sent: u64,
+}
+
 /// A connection to the kernel's traffic control.
 pub struct Rules {
     route: Connection,
@@ -166,9 +177,17 @@ impl Rules {
         for wanted in program.rules() {
             match held.iter().find(|held| held.rule.as_ref() == Some(wanted)) {
                 None => {
+                    let same_place = |held: &&Held| {
+                        held.rule.as_ref().is_none_or(|rule| {
+                            (rule.port, rule.chain, rule.priority)
+                                == (wanted.port, wanted.chain, wanted.priority)
+                        })
+                    };
+                    let found = held.iter().filter(same_place).map(|held| (&held.rule, held.filter.name()));
+                    let found: Vec<_> = found.collect();
                     return Err(EswitchError::Broken {
                         operation: refusal::name(wanted),
-                        detail: "the kernel took it and does not have it".to_owned(),
+                        detail: format!("the kernel took {wanted:?} and has {found:?}"),
                     });
                 }
                 Some(held) if !self.is_placed(&held.filter) => {
@@ -204,6 +223,33 @@ impl Rules {
             enforced: Enforced::Switchdev { program: FlowerProgram::new(rules), in_software },
             foreign: foreign.map(|filter| filter.name()).collect(),
         })
+    }
+
+    /// Counts what became of frames: of those that the VF sent (`Own`), or of those for it from the uplink.
+    ///
+    /// # Errors
+    /// Of class passing, gone or broken.
+    pub fn counters(
+        &mut self,
+        ports: &Representors,
+        vf: VfIndex,
+        port: RulePort,
+    ) -> Result<Counters, EswitchError> {
+        let mut counters = Counters::default();
+        let mut over_rate = 0;
+        for Held { filter, rule } in self.held(ports, vf)? {
+            let Some(rule) = rule.filter(|rule| rule.port == port) else { continue };
+            let (frames, dropped) = filter.frames();
+            over_rate = over_rate.max(dropped);
+            match rule.actions.last() {
+                Some(FlowerAction::Drop) => counters.dropped += frames,
+                Some(FlowerAction::Trap) => counters.software += frames,
+                Some(FlowerAction::Redirect(_)) => counters.sent += frames,
+                _ => {}
+            }
+        }
+        counters.dropped += over_rate;
+        Ok(counters)
     }
 
     /// Removes the VF's rules and no others.

@@ -56,6 +56,22 @@ pub struct FlowerMatch {
     pub icmp_code: Option<u8>,
 }
 
+impl FlowerMatch {
+    /// The same without fields that match everything, which the kernel does not keep.
+    #[must_use]
+    fn canonical(mut self) -> Self {
+        self.vlan = self.vlan.filter(|vlan| *vlan != VlanMatch::default());
+        self.src_mac = self.src_mac.filter(|mac| !mac.mask.is_zero());
+        self.dst_mac = self.dst_mac.filter(|mac| !mac.mask.is_zero());
+        self.src_ip = self.src_ip.filter(|prefix| prefix.length() > 0);
+        self.dst_ip = self.dst_ip.filter(|prefix| prefix.length() > 0);
+        self.src_port = self.src_port.filter(|port| port.mask != 0);
+        self.dst_port = self.dst_port.filter(|port| port.mask != 0);
+        self.tcp_flags = self.tcp_flags.filter(|flags| flags.mask != 0);
+        self
+    }
+}
+
 /// Where a rule sends frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Target {
@@ -116,6 +132,9 @@ pub struct FlowerProgram {
 impl FlowerProgram {
     /// A program of these rules, whatever their order: where each is says in which order they are tried.
     pub fn new(mut rules: Vec<FlowerRule>) -> Self {
+        for rule in &mut rules {
+            rule.matches = std::mem::take(&mut rule.matches).canonical();
+        }
         rules.sort_by_key(|rule| (rule.port, rule.chain, rule.priority));
         let hash = fnv1a(format!("{rules:?}").as_bytes());
         FlowerProgram { rules, hash }
