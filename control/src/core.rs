@@ -22,7 +22,7 @@ use crate::engine::DataPlane;
 use crate::error::Error;
 use crate::events::{EventLog, Severity};
 use crate::resource::Key;
-use crate::store::{Origin, State, Store};
+use crate::store::{Origin, Repair, State, Store};
 
 pub use change::Outcome;
 
@@ -212,6 +212,10 @@ impl Core {
         let mut pending = Vec::new();
         for (name, port) in &ports {
             let before = self.ports.get(name);
+            let known: &[String] = before.map_or(&[], |before| &before.notes);
+            for note in port.notes.iter().filter(|note| !known.contains(note)) {
+                self.events.note(Severity::Warning, format!("{name}: {note}"));
+            }
             if before.is_some_and(|before| before.state == port.state && before.ifindex == port.ifindex) {
                 continue;
             }
@@ -238,14 +242,7 @@ impl Core {
 
     /// A pass that looks at everything, also at what nobody announces: files, pins and links that were removed.
     pub fn full_pass(&mut self) {
-        match self.store.ensure_file(&self.state) {
-            Ok(false) => {}
-            Ok(true) => self.events.note(
-                Severity::Warning,
-                format!("the state file was deleted: written again at {}", self.store.path().display()),
-            ),
-            Err(error) => self.events.note(Severity::Error, format!("the state file was deleted: {error}")),
-        }
+        self.check_file();
         match self.store.ensure_copy(&self.state) {
             Ok(false) => {}
             Ok(true) => self
@@ -260,6 +257,21 @@ impl Core {
             }
         }
         self.pass();
+    }
+
+    /// Sees to it that the state file is there and works.
+    fn check_file(&mut self) {
+        let path = self.store.path().display().to_string();
+        match self.store.ensure_file(&self.state) {
+            Ok(Repair::None) => {}
+            Ok(Repair::Reopened) => self
+                .events
+                .note(Severity::Warning, format!("the state file {path} was opened again after an error")),
+            Ok(Repair::Remade) => self
+                .events
+                .note(Severity::Warning, format!("the state file was deleted: written again at {path}")),
+            Err(error) => self.events.note(Severity::Error, error.to_string()),
+        }
     }
 
     /// Notes things of one kind that happened together: what concerns a thousand ports is not a thousand events.

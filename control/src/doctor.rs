@@ -86,6 +86,17 @@ fn daemon(core: &Core, identity: &Identity) -> Vec<Finding> {
             "",
         ),
     ];
+    if let Some(failure) = core.store().failure() {
+        findings.push(finding(
+            Level::Problem,
+            "last change",
+            format!("it could not be stored, and nothing was changed: {failure}"),
+            format!(
+                "see to the disk of {} (is it full? df, dmesg), then make the change again; sluiced needs no restart",
+                identity.state_dir.display()
+            ),
+        ));
+    }
     if identity.runtime_dir.join("state.pb").exists() || view.revision == 0 {
         findings.push(finding(Level::Ok, "runtime copy", identity.runtime_dir.display().to_string(), ""));
     } else {

@@ -5,19 +5,27 @@
 //! state is copied to a runtime directory whose lifetime is that of the pins; see [`RuntimeCopy`]. Values are messages of
 //! the protocol, so that a newer daemon reads what an older one wrote.
 //!
+//! After an error redb refuses everything until its file is opened anew, and a commit that failed may have reached the
+//! disk all the same. So an error puts the file in doubt: it is closed, opened and read again, and made to hold the
+//! state that the daemon has, before anything else is written. A new file gets its name only with the whole state in
+//! it: a full disk never leaves half a file behind.
+//!
 //! Owned by the reconciler's thread. A lock on both directories keeps a second daemon out.
 
 mod lock;
 mod runtime_copy;
+#[cfg(test)]
+pub(crate) mod small_disk;
 mod state;
 
-use std::fs;
+use std::cell::Cell;
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use prost::Message;
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use sluice_proto::v1;
 
 use crate::convert;
@@ -71,6 +79,12 @@ pub enum StoreError {
         /// Its reason.
         source: Box<redb::Error>,
     },
+    /// It could not be opened again after an error.
+    #[error("state file {path} was closed after an error; opening it is tried again within ten seconds")]
+    Closed {
+        /// The file.
+        path: PathBuf,
+    },
     /// Made by a newer version.
     #[error(
         "state file {path} has schema {found}, this sluiced knows schemas up to {SCHEMA}: use a newer one"
@@ -111,11 +125,27 @@ pub enum Origin {
     Nowhere,
 }
 
+/// What had to be done to the state file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Repair {
+    /// Nothing.
+    None,
+    /// It was opened again after an error.
+    Reopened,
+    /// It was deleted or replaced under us, and made anew.
+    Remade,
+}
+
 /// The store.
 #[derive(Debug)]
 pub struct Store {
     path: PathBuf,
-    database: Database,
+    /// Missing only while it cannot be opened again after an error.
+    database: Option<Database>,
+    /// There was an error: the database may refuse everything, and what the file holds is not known.
+    in_doubt: Cell<bool>,
+    /// Why the last commit failed, if it did.
+    failure: Option<String>,
     /// Device and inode of the file, to notice that it was deleted under us.
     identity: (u64, u64),
     copy: RuntimeCopy,
@@ -133,14 +163,25 @@ impl Store {
         }
         let locks = [DirLock::take(state_dir)?, DirLock::take(runtime_dir)?];
         let path = state_dir.join(FILE);
-        let database = create(&path)?;
+        let copy = RuntimeCopy::new(runtime_dir);
+        let (database, recovered) = if path.exists() {
+            (open(&path)?, None)
+        } else {
+            let recovered = copy.read()?;
+            (make(&path, recovered.as_ref())?, recovered)
+        };
         let store = Store {
             identity: identity(&path)?,
-            database,
+            database: Some(database),
+            in_doubt: Cell::new(false),
+            failure: None,
             path,
-            copy: RuntimeCopy::new(runtime_dir),
+            copy,
             _locks: locks,
         };
+        if let Some(state) = recovered {
+            return Ok((store, state, Origin::RuntimeCopy));
+        }
         let (state, origin) = match store.read()? {
             Some(state) => (state, Origin::StateDir),
             None => match store.copy.read()? {
@@ -149,7 +190,7 @@ impl Store {
             },
         };
         match origin {
-            Origin::RuntimeCopy => store.write(&State::default(), &state, None)?,
+            Origin::RuntimeCopy => store.write(Base::Unknown, &state, None)?,
             Origin::StateDir => store.copy.write(&state)?,
             // Nothing is written for nothing: the next start must find as little as this one.
             Origin::Nowhere => {}
@@ -162,20 +203,32 @@ impl Store {
         &self.path
     }
 
+    /// Why the last commit failed, if it did.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
+    }
+
     /// Makes `new` the state, durably, and copies it to the runtime directory. `old` must be the present state.
     ///
     /// The second result says why the copy could not be written, if so: a nuisance, not an error, as the state
     /// itself is safe.
     ///
     /// # Errors
-    /// If it could not be written; the state on disk is then `old`.
+    /// If it could not be written. The state on disk is then `old`, or, if the disk refuses even that, made so by the
+    /// first [`Store::ensure_file`] or commit that succeeds.
     pub fn commit(
         &mut self,
         old: &State,
         new: &State,
         audit: &v1::AuditEntry,
     ) -> Result<Option<StoreError>, StoreError> {
-        self.write(old, new, Some(audit))?;
+        let written = self.ensure_file(old).and_then(|_| self.write(Base::Known(old), new, Some(audit)));
+        self.failure = written.as_ref().err().map(ToString::to_string);
+        if written.is_err() {
+            // The error at hand says more than that of a second attempt, which comes with the next pass or commit.
+            let _ = self.ensure_file(old);
+        }
+        written?;
         Ok(self.copy.write(new).err())
     }
 
@@ -190,26 +243,48 @@ impl Store {
         self.copy.write(state).map(|()| true)
     }
 
-    /// Makes the file again, with `state` inside, if it was deleted while open. Says whether it was.
+    /// Makes sure that the file is there, open, and holds `state`: makes it anew if it was deleted or replaced while
+    /// open, opens it again if there was an error. Costs next to nothing if neither happened.
     ///
     /// # Errors
-    /// If it cannot be made.
-    pub fn ensure_file(&mut self, state: &State) -> Result<bool, StoreError> {
-        if identity(&self.path).is_ok_and(|identity| identity == self.identity) {
-            return Ok(false);
+    /// If it cannot be made, opened or written.
+    pub fn ensure_file(&mut self, state: &State) -> Result<Repair, StoreError> {
+        if !identity(&self.path).is_ok_and(|identity| identity == self.identity) {
+            self.remake(state)?;
+            return Ok(Repair::Remade);
         }
+        if !self.in_doubt.get() {
+            return Ok(Repair::None);
+        }
+        // Closed first: it holds a lock on the file.
+        self.database = None;
+        self.database = Some(open(&self.path)?);
+        let holds_state = match self.read() {
+            Ok(held) => held.unwrap_or_default() == *state,
+            Err(StoreError::Entry { .. }) => false,
+            Err(error) => return Err(error),
+        };
+        if !holds_state {
+            self.write(Base::Unknown, state, None)?;
+        }
+        self.in_doubt.set(false);
+        Ok(Repair::Reopened)
+    }
+
+    fn remake(&mut self, state: &State) -> Result<(), StoreError> {
         if let Some(dir) = self.path.parent() {
             make_private(dir).map_err(StoreError::io("making", dir))?;
             if !lock::exists(dir) {
                 self._locks[0] = DirLock::take(dir)?;
             }
         }
-        self.database = create(&self.path)?;
-        self.identity = identity(&self.path)?;
-        if state.revision > 0 {
-            self.write(&State::default(), state, None)?;
-        }
-        Ok(true)
+        let database = make(&self.path, Some(state))?;
+        let identity = identity(&self.path)?;
+        self.database = Some(database);
+        self.in_doubt.set(false);
+        // Last: until then the next pass tries again.
+        self.identity = identity;
+        Ok(())
     }
 
     /// The last entries of the audit log, oldest first.
@@ -217,8 +292,9 @@ impl Store {
     /// # Errors
     /// If they cannot be read.
     pub fn audit(&self, last: usize) -> Result<Vec<v1::AuditEntry>, StoreError> {
+        let database = self.database()?;
         let entries = || -> Result<Vec<v1::AuditEntry>, redb::Error> {
-            let transaction = self.database.begin_read()?;
+            let transaction = database.begin_read()?;
             let table = match transaction.open_table(AUDIT) {
                 Ok(table) => table,
                 Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
@@ -235,13 +311,18 @@ impl Store {
         entries().map_err(|source| self.database_error(source))
     }
 
-    fn database_error(&self, source: impl Into<redb::Error>) -> StoreError {
-        StoreError::Database { path: self.path.clone(), source: Box::new(source.into()) }
+    fn database(&self) -> Result<&Database, StoreError> {
+        self.database.as_ref().ok_or_else(|| StoreError::Closed { path: self.path.clone() })
+    }
+
+    fn database_error(&self, source: redb::Error) -> StoreError {
+        self.in_doubt.set(true);
+        database_error(&self.path)(source)
     }
 
     /// The state in the file; `None` if nothing was ever written to it.
     fn read(&self) -> Result<Option<State>, StoreError> {
-        let raw = self.read_raw().map_err(|source| self.database_error(source))?;
+        let raw = read_raw(self.database()?).map_err(|source| self.database_error(source))?;
         let Some(raw) = raw else {
             return Ok(None);
         };
@@ -268,80 +349,105 @@ impl Store {
         Ok(Some(state))
     }
 
-    fn read_raw(&self) -> Result<Option<Raw>, redb::Error> {
-        let transaction = self.database.begin_read()?;
-        let meta = match transaction.open_table(META) {
-            Ok(table) => table,
-            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let number = |key: &str| -> Result<u64, redb::Error> {
-            Ok(meta.get(key)?.map(|value| value.value()).unwrap_or(0))
-        };
-        let mut raw = Raw {
-            schema: number("schema")?,
-            revision: number("revision")?,
-            resources: Vec::new(),
-            ids: Vec::new(),
-        };
-        for row in transaction.open_table(RESOURCES)?.iter()? {
-            let (key, value) = row?;
-            raw.resources.push((key.value().to_owned(), value.value().to_owned()));
-        }
-        for row in transaction.open_table(IDS)?.iter()? {
-            let (key, value) = row?;
-            let (space, name) = key.value();
-            raw.ids.push((space.to_owned(), name.to_owned(), value.value()));
-        }
-        Ok(Some(raw))
+    fn write(&self, base: Base<'_>, new: &State, audit: Option<&v1::AuditEntry>) -> Result<(), StoreError> {
+        write(self.database()?, base, new, audit).map_err(|source| self.database_error(source))
     }
+}
 
-    fn write(&self, old: &State, new: &State, audit: Option<&v1::AuditEntry>) -> Result<(), StoreError> {
-        self.write_difference(old, new, audit).map_err(|source| self.database_error(source))
-    }
+/// What a write may take for granted about the file.
+#[derive(Clone, Copy)]
+enum Base<'a> {
+    /// It holds this state; only the difference is written.
+    Known(&'a State),
+    /// It may hold anything; whatever is not in the new state is removed, and all of that is written.
+    Unknown,
+}
 
-    fn write_difference(
-        &self,
-        old: &State,
-        new: &State,
-        audit: Option<&v1::AuditEntry>,
-    ) -> Result<(), redb::Error> {
-        let transaction = self.database.begin_write()?;
-        {
-            let mut meta = transaction.open_table(META)?;
-            meta.insert("schema", SCHEMA)?;
-            meta.insert("revision", new.revision)?;
-            let mut resources = transaction.open_table(RESOURCES)?;
-            for (key, entry) in &new.resources {
-                if old.resources.get(key) != Some(entry) {
-                    let bytes = convert::resource(&entry.spec, entry.revision).encode_to_vec();
-                    resources.insert(key.to_string().as_str(), bytes.as_slice())?;
-                }
-            }
-            for key in old.resources.keys().filter(|key| !new.resources.contains_key(*key)) {
-                resources.remove(key.to_string().as_str())?;
-            }
-            let mut ids = transaction.open_table(IDS)?;
-            for IdName { space, name, id } in new.id_names() {
-                if old.id(space, name) != Some(id) {
-                    ids.insert((space, name), id)?;
-                }
-            }
-            for IdName { space, name, .. } in old.id_names() {
-                if new.id(space, name).is_none() {
-                    ids.remove((space, name))?;
-                }
-            }
-            let mut log = transaction.open_table(AUDIT)?;
-            if let Some(entry) = audit {
-                let next = log.last()?.map_or(0, |(number, _)| number.value() + 1);
-                log.insert(next, entry.encode_to_vec().as_slice())?;
-                log.retain(|number, _| number + AUDIT_MAX > next)?;
-            }
-        }
-        transaction.commit()?;
-        Ok(())
+fn read_raw(database: &Database) -> Result<Option<Raw>, redb::Error> {
+    let transaction = database.begin_read()?;
+    let meta = match transaction.open_table(META) {
+        Ok(table) => table,
+        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let number = |key: &str| -> Result<u64, redb::Error> {
+        Ok(meta.get(key)?.map(|value| value.value()).unwrap_or(0))
+    };
+    let mut raw = Raw {
+        schema: number("schema")?,
+        revision: number("revision")?,
+        resources: Vec::new(),
+        ids: Vec::new(),
+    };
+    for row in transaction.open_table(RESOURCES)?.iter()? {
+        let (key, value) = row?;
+        raw.resources.push((key.value().to_owned(), value.value().to_owned()));
     }
+    for row in transaction.open_table(IDS)?.iter()? {
+        let (key, value) = row?;
+        let (space, name) = key.value();
+        raw.ids.push((space.to_owned(), name.to_owned(), value.value()));
+    }
+    Ok(Some(raw))
+}
+
+fn write(
+    database: &Database,
+    base: Base<'_>,
+    new: &State,
+    audit: Option<&v1::AuditEntry>,
+) -> Result<(), redb::Error> {
+    let nothing = State::default();
+    let transaction = database.begin_write()?;
+    let old = match base {
+        Base::Known(old) => old,
+        Base::Unknown => {
+            transaction.delete_table(META)?;
+            transaction.delete_table(RESOURCES)?;
+            transaction.delete_table(IDS)?;
+            &nothing
+        }
+    };
+    // A state that was never written is told from an empty one by the lack of tables.
+    if new.revision > 0 {
+        write_difference(&transaction, old, new)?;
+    }
+    if let Some(entry) = audit {
+        let mut log = transaction.open_table(AUDIT)?;
+        let next = log.last()?.map_or(0, |(number, _)| number.value() + 1);
+        log.insert(next, entry.encode_to_vec().as_slice())?;
+        log.retain(|number, _| number + AUDIT_MAX > next)?;
+    }
+    transaction.commit()?;
+    Ok(())
+}
+
+fn write_difference(transaction: &WriteTransaction, old: &State, new: &State) -> Result<(), redb::Error> {
+    let mut meta = transaction.open_table(META)?;
+    meta.insert("schema", SCHEMA)?;
+    meta.insert("revision", new.revision)?;
+    let mut resources = transaction.open_table(RESOURCES)?;
+    for (key, entry) in &new.resources {
+        if old.resources.get(key) != Some(entry) {
+            let bytes = convert::resource(&entry.spec, entry.revision).encode_to_vec();
+            resources.insert(key.to_string().as_str(), bytes.as_slice())?;
+        }
+    }
+    for key in old.resources.keys().filter(|key| !new.resources.contains_key(*key)) {
+        resources.remove(key.to_string().as_str())?;
+    }
+    let mut ids = transaction.open_table(IDS)?;
+    for IdName { space, name, id } in new.id_names() {
+        if old.id(space, name) != Some(id) {
+            ids.insert((space, name), id)?;
+        }
+    }
+    for IdName { space, name, .. } in old.id_names() {
+        if new.id(space, name).is_none() {
+            ids.remove((space, name))?;
+        }
+    }
+    Ok(())
 }
 
 /// The contents of the file, undecoded.
@@ -363,9 +469,48 @@ pub(crate) fn make_private(dir: &Path) -> io::Result<()> {
     }
 }
 
-fn create(path: &Path) -> Result<Database, StoreError> {
-    Database::create(path)
-        .map_err(|source| StoreError::Database { path: path.to_owned(), source: Box::new(source.into()) })
+/// Makes, or empties, a file that only its owner may read.
+fn create_private(path: &Path) -> io::Result<File> {
+    let file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    // It may be left over from a version that was less careful.
+    file.set_permissions(fs::Permissions::from_mode(0o600))?;
+    Ok(file)
+}
+
+/// Makes the file, in one step, with `state` in it.
+fn make(path: &Path, state: Option<&State>) -> Result<Database, StoreError> {
+    let temporary = path.with_extension("new");
+    let made = make_as(&temporary, path, state);
+    if made.is_err() {
+        // The disk may be full because of it. If it cannot be removed, the next attempt empties it.
+        let _ = fs::remove_file(&temporary);
+    }
+    made
+}
+
+fn make_as(temporary: &Path, path: &Path, state: Option<&State>) -> Result<Database, StoreError> {
+    let file = create_private(temporary).map_err(StoreError::io("making", temporary))?;
+    let database =
+        Database::builder().create_file(file).map_err(|source| database_error(path)(source.into()))?;
+    if let Some(state) = state {
+        write(&database, Base::Unknown, state, None).map_err(database_error(path))?;
+    }
+    fs::rename(temporary, path).map_err(StoreError::io("renaming to", path))?;
+    if let Some(dir) = path.parent() {
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(StoreError::io("syncing", dir))?;
+    }
+    Ok(database)
+}
+
+fn open(path: &Path) -> Result<Database, StoreError> {
+    // Not `open`: that refuses an empty file, which means the same as none.
+    Database::create(path).map_err(|source| database_error(path)(source.into()))
+}
+
+fn database_error(path: &Path) -> impl FnOnce(redb::Error) -> StoreError {
+    let path = path.to_owned();
+    move |source| StoreError::Database { path, source: Box::new(source) }
 }
 
 fn identity(path: &Path) -> Result<(u64, u64), StoreError> {

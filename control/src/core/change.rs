@@ -165,8 +165,17 @@ impl Core {
                 revision: state.revision,
                 changes,
             };
-            if let Some(warning) = self.store.commit(&self.state, &state, &audit)? {
-                self.events.note(Severity::Warning, format!("runtime copy: {warning}"));
+            self.check_file();
+            match self.store.commit(&self.state, &state, &audit) {
+                Ok(None) => {}
+                Ok(Some(warning)) => {
+                    self.events.note(Severity::Warning, format!("runtime copy: {warning}"));
+                }
+                Err(error) => {
+                    let text = format!("revision {} by {actor} could not be stored: {error}", state.revision);
+                    self.events.note(Severity::Error, text);
+                    return Err(error.into());
+                }
             }
             self.events.note(Severity::Info, brief(&audit));
             self.state = state;

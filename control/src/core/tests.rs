@@ -5,7 +5,9 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::engine::fake::FakeEngine;
-use crate::json;
+use crate::server::Identity;
+use crate::store::small_disk::SmallDisk;
+use crate::{doctor, json};
 
 const BASE: &str = r#"
 switches: [{name: blue, uplink: {netdev: up0}}]
@@ -306,6 +308,51 @@ fn a_state_file_deleted_under_the_daemon_is_written_again() {
     drop(core);
     std::fs::remove_file(bench.dir.path().join("run/state.pb")).expect("written again");
     assert_eq!(bench.open().state.resources.len(), 4);
+}
+
+#[test]
+fn a_full_disk_refuses_a_change_and_needs_no_restart() {
+    SmallDisk::with(|disk| {
+        let (state_dir, runtime_dir) = (disk.dir().join("state"), disk.dir().join("run"));
+        let (store, state, origin) = Store::open(&state_dir, &runtime_dir).expect("a store");
+        let engine = FakeEngine::with_netdevs(&["up0", "p1", "p2"]);
+        let mut core = Core::new(store, state, origin, Box::new(engine.clone()));
+        let identity = Identity {
+            instance: "test".to_owned(),
+            pin_dir: disk.dir().join("pins"),
+            socket: disk.dir().join("socket"),
+            state_dir,
+            runtime_dir,
+        };
+        let complaint = |core: &Core| {
+            let daemon = doctor::examine(core, &identity).swap_remove(1);
+            daemon.children.into_iter().find(|finding| finding.title == "last change")
+        };
+        apply(&mut core, BASE).expect("valid");
+        let before = engine.world().image.clone();
+        let vnics = (256..1256).map(|n| {
+            let mac = format!("02:00:00:00:{:02x}:{:02x}", n >> 8, n & 255);
+            format!("- {{name: vm{n}, switch: blue, attach: {{veth: q{n}}}, mac: '{mac}'}}")
+        });
+        let many = format!("vnics:\n{}", vnics.collect::<Vec<_>>().join("\n"));
+        assert!(complaint(&core).is_none());
+        disk.fill();
+        for _ in 0..3 {
+            let error = apply(&mut core, &many).expect_err("it does not fit");
+            assert!(matches!(error, Error::Store(_)), "{error}");
+            core.full_pass();
+        }
+        assert_eq!(engine.world().image, before, "what is not stored is not programmed");
+        let found = complaint(&core).expect("doctor tells");
+        assert!(found.detail.contains("No space left"), "{}", found.detail);
+        let noted = |event: &crate::events::Event| {
+            event.severity == Severity::Error && event.text.contains("revision 2 by test could not be stored")
+        };
+        assert!(core.events().newest().any(noted));
+        disk.free();
+        assert_eq!(apply(&mut core, &many).expect("it fits again").revision, 2);
+        assert!(complaint(&core).is_none());
+    });
 }
 
 #[test]

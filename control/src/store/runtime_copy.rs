@@ -3,14 +3,14 @@
 //! The pinned tables are meaningless without the numbers that stand for names in them. If the state directory is
 //! deleted while pins live, the daemon takes state and numbers from here and can adopt the tables as they are.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use prost::Message;
 use sluice_proto::v1;
 
-use super::{Entry, IdName, State, StoreError};
+use super::{Entry, IdName, State, StoreError, create_private, make_private};
 use crate::convert;
 
 const FILE: &str = "state.pb";
@@ -58,10 +58,10 @@ impl RuntimeCopy {
         let bytes = snapshot.encode_to_vec();
         let temporary = self.path.with_extension("new");
         if let Some(dir) = self.path.parent() {
-            fs::create_dir_all(dir).map_err(StoreError::io("making", dir))?;
+            make_private(dir).map_err(StoreError::io("making", dir))?;
         }
         let write = || {
-            let mut file = File::create(&temporary)?;
+            let mut file = create_private(&temporary)?;
             file.write_all(&bytes)?;
             file.sync_all()?;
             fs::rename(&temporary, &self.path)

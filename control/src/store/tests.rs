@@ -7,6 +7,7 @@ use std::sync::Arc;
 use sluice_policy::lower;
 use tempfile::TempDir;
 
+use super::small_disk::SmallDisk;
 use super::*;
 use crate::json;
 
@@ -103,7 +104,7 @@ fn a_first_start_leaves_no_state_behind() {
         assert_eq!(origin, Origin::Nowhere);
         assert!(!store.ensure_copy(&state).expect("nothing to do"));
         std::fs::remove_file(dir.path().join("state").join(FILE)).expect("removed");
-        assert!(store.ensure_file(&state).expect("made again"));
+        assert_eq!(store.ensure_file(&state).expect("made again"), Repair::Remade);
     }
 }
 
@@ -111,13 +112,138 @@ fn a_first_start_leaves_no_state_behind() {
 fn a_file_of_a_newer_version_is_refused() {
     let dir = fresh();
     let (store, ..) = open(dir.path()).expect("opens");
-    let transaction = store.database.begin_write().expect("writable");
+    let transaction = store.database().expect("open").begin_write().expect("writable");
     transaction.open_table(META).expect("a table").insert("schema", SCHEMA + 1).expect("inserted");
     transaction.open_table(RESOURCES).expect("a table");
     transaction.open_table(IDS).expect("a table");
     transaction.commit().expect("committed");
     drop(store);
     assert!(matches!(open(dir.path()), Err(StoreError::NewerSchema { .. })));
+}
+
+#[test]
+fn a_full_disk_fails_a_commit_and_nothing_after_it() {
+    SmallDisk::with(|disk| {
+        let (mut store, start, _) = open(disk.dir()).expect("opens");
+        let (first, big, next) = (state(1, 3), state(2, 1000), state(2, 2));
+        store.commit(&start, &first, &audit(1)).expect("committed");
+        disk.fill();
+        for _ in 0..3 {
+            let error = store.commit(&first, &big, &audit(2)).expect_err("it does not fit").to_string();
+            assert!(error.contains("No space left"), "the cause, not that there was one: {error}");
+            assert_eq!(store.failure(), Some(error.as_str()));
+        }
+        disk.free();
+        assert!(store.commit(&first, &next, &audit(2)).expect("it fits again").is_none());
+        assert_eq!(store.failure(), None);
+        drop(store);
+        let (store, read, origin) = open(disk.dir()).expect("opens");
+        assert_eq!((read, origin), (next, Origin::StateDir));
+        let log: Vec<u64> = store.audit(9).expect("readable").iter().map(|entry| entry.revision).collect();
+        assert_eq!(log, [1, 2], "failed commits left nothing");
+    });
+}
+
+#[test]
+fn a_failed_commit_that_reached_the_disk_is_taken_back() {
+    let dir = fresh();
+    let (mut store, start, _) = open(dir.path()).expect("opens");
+    let (first, failed, next) = (state(1, 3), state(2, 9), state(2, 2));
+    store.commit(&start, &first, &audit(1)).expect("committed");
+    let doubt = |store: &Store| {
+        store.write(Base::Known(&first), &failed, None).expect("written");
+        store.in_doubt.set(true);
+    };
+    doubt(&store);
+    assert_eq!(store.ensure_file(&first).expect("repaired"), Repair::Reopened);
+    assert_eq!(store.read().expect("readable").as_ref(), Some(&first));
+    assert_eq!(store.ensure_file(&first).expect("nothing to do"), Repair::None);
+    doubt(&store);
+    store.commit(&first, &next, &audit(2)).expect("committed");
+    assert_eq!(store.read().expect("readable"), Some(next));
+}
+
+#[test]
+fn a_first_commit_that_reached_the_disk_is_taken_back_to_nothing() {
+    let dir = fresh();
+    let (mut store, start, _) = open(dir.path()).expect("opens");
+    store.write(Base::Known(&start), &state(1, 3), None).expect("written");
+    store.in_doubt.set(true);
+    store.ensure_file(&start).expect("repaired");
+    drop(store);
+    assert_eq!(open(dir.path()).expect("opens").2, Origin::Nowhere);
+}
+
+#[test]
+fn a_deleted_file_is_made_again_with_the_whole_state() {
+    let dir = fresh();
+    let file = dir.path().join("state").join(FILE);
+    let (mut store, start, _) = open(dir.path()).expect("opens");
+    let (first, next) = (state(1, 9), state(2, 10));
+    store.commit(&start, &first, &audit(1)).expect("committed");
+    for replacement in [None, Some("something else")] {
+        std::fs::remove_file(&file).expect("removed");
+        if let Some(text) = replacement {
+            std::fs::write(&file, text).expect("written");
+        }
+        assert_eq!(store.ensure_file(&first).expect("made again"), Repair::Remade);
+        assert_eq!(store.read().expect("readable").as_ref(), Some(&first));
+    }
+    // A commit notices by itself, and must not write a difference into an empty file.
+    std::fs::remove_file(&file).expect("removed");
+    store.commit(&first, &next, &audit(2)).expect("committed");
+    drop(store);
+    std::fs::remove_file(dir.path().join("run/state.pb")).expect("removed");
+    assert_eq!(open(dir.path()).expect("opens").1, next);
+}
+
+#[test]
+fn a_file_that_cannot_be_made_again_is_tried_again() {
+    SmallDisk::with(|disk| {
+        let file = disk.dir().join("state").join(FILE);
+        let (mut store, start, _) = open(disk.dir()).expect("opens");
+        let first = state(1, 1000);
+        store.commit(&start, &first, &audit(1)).expect("committed");
+        std::fs::remove_file(&file).expect("removed");
+        disk.fill();
+        for _ in 0..3 {
+            store.ensure_file(&first).expect_err("it does not fit");
+            store.commit(&first, &state(2, 1), &audit(2)).expect_err("nor does this");
+            assert!(!file.exists(), "no half of a file");
+        }
+        disk.free();
+        assert_eq!(store.ensure_file(&first).expect("it fits again"), Repair::Remade);
+        drop(store);
+        assert_eq!(open(disk.dir()).expect("opens").1, first);
+    });
+}
+
+#[test]
+fn only_the_owner_may_read_what_is_made() {
+    let dir = fresh();
+    let mode = |path: &str| {
+        let metadata = std::fs::metadata(dir.path().join(path)).expect("it was made");
+        metadata.permissions().mode() & 0o777
+    };
+    let (mut store, start, _) = open(dir.path()).expect("opens");
+    store.commit(&start, &state(1, 1), &audit(1)).expect("committed");
+    for made_again in [false, true] {
+        if made_again {
+            std::fs::remove_dir_all(dir.path().join("state")).expect("removed");
+            std::fs::remove_dir_all(dir.path().join("run")).expect("removed");
+            store.ensure_file(&state(1, 1)).expect("made again");
+            store.ensure_copy(&state(1, 1)).expect("made again");
+        }
+        for (path, expected) in [
+            ("state", 0o700),
+            ("run", 0o700),
+            ("state/sluice.redb", 0o600),
+            ("run/state.pb", 0o600),
+            ("state/lock", 0o600),
+        ] {
+            assert_eq!(mode(path), expected, "{path} is {:o}", mode(path));
+        }
+    }
 }
 
 /// Not a test: the child of the one below.
