@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use sluice_tests::lab::INTERFACE;
-use sluice_tests::wire::{BROADCAST, arp, echo_request, is_arp_reply, is_echo_reply, mac};
-use sluice_tests::{Lab, PATIENCE, Tap, Vm, scenario, tools};
+use sluice_tests::wire::{BROADCAST, arp, carries, echo_request, is_arp_reply, is_echo_reply, mac, note};
+use sluice_tests::{Lab, PATIENCE, PacketSocket, Tap, Vm, scenario, tools};
 
 /// A port that comes back is attached within so long.
 const REATTACH: Duration = Duration::from_secs(1);
@@ -124,6 +124,7 @@ fn an_uplink_taken_down_and_up_carries_again() -> Result<()> {
         vm1.ping(&out)?;
         lab.host().run(&["ip", "link", "set", &out.port, "down"])?;
         vm1.no_ping(&out)?;
+        lab.sluice().wait_doctor("up200 is down", PATIENCE)?;
         vm1.ping(&vm2)?;
         lab.host().run(&["ip", "link", "set", &out.port, "up"])?;
         vm1.ping(&out)?;
@@ -164,6 +165,29 @@ fn what_is_attached_is_named() -> Result<()> {
         let port = &answer["status"]["ports"][0];
         ensure!(port["port"] == "vnic/vm1" && port["netdev"] == "p1" && port["ifindex"] == index, "{answer}");
         vm1.netns.run(&["ip", "link", "show", INTERFACE])?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_vm_that_moved_to_another_host_is_reached_there() -> Result<()> {
+    scenario(|lab| {
+        let (vm1, vm2, out) = (lab.vm(1)?, lab.vm(2)?, lab.outside(200)?);
+        lab.apply(&format!(
+            "switches: [{{name: blue, uplink: {{netdev: up200}}}}]\nvnics:\n{}{}",
+            vm1.vnic(""),
+            vm2.vnic("")
+        ))?;
+        // Now every cache knows where VM 2 is.
+        vm1.ping(&vm2)?;
+        lab.sluice().run(&["delete", "vnic", "vm2"])?;
+        let inside = PacketSocket::open(&vm1.netns, INTERFACE)?;
+        let outside = PacketSocket::open(&out.netns, INTERFACE)?;
+        for round in 0..8 {
+            let text = format!("to the VM that moved, {round}");
+            inside.send(&note(vm2.mac(), vm1.mac(), &[], &text))?;
+            outside.expect("a frame for the VM that moved", PATIENCE, |frame| carries(frame, &text))?;
+        }
         Ok(())
     })
 }

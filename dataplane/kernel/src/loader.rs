@@ -16,7 +16,7 @@ use crate::syscall::{self, MapShape};
 use crate::{EngineError, object};
 
 /// The program on TCX.
-const TC: &str = "sluice_tc";
+pub(crate) const TC: &str = "sluice_tc";
 /// The program on XDP.
 const XDP: &str = "sluice_xdp";
 

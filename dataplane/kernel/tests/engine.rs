@@ -6,9 +6,11 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use aya::maps::{Array, Map, MapData};
 use common::*;
 use sluice_kernel::{
-    Engine, EngineError, HooksInUse, LinkEvent, LinkMonitor, MapsOutcome, PortState, ProgramsOutcome,
+    Engine, EngineError, EngineOptions, HooksInUse, LinkEvent, LinkMonitor, MapsOutcome, PortState,
+    ProgramsOutcome,
 };
 use sluice_policy::config::Hook;
 
@@ -302,5 +304,53 @@ fn a_process_killed_while_syncing_leaves_what_the_next_one_can_finish() {
                 assert_eq!(again.writes.total(), 0, "the mirror and the maps differ: {}", again.writes);
             }
         }
+    });
+}
+
+/// A killed process may have changed tables without announcing it: what is cached from before must not outlive it.
+#[test]
+fn adoption_outdates_every_cached_verdict() {
+    in_lab(|lab| {
+        let (_one, _two) = (lab.guest("p1", 1), lab.guest("p2", 2));
+        let config = config(vec![vnic(1, "p1"), vnic(2, "p2")]);
+        let (mut engine, _) = lab.open();
+        lab.sync(&mut engine, &config);
+        let globals = lab.options.pin_dir.join("maps/GLOBALS");
+        let epoch = || {
+            let map = MapData::from_pin(&globals).expect("the map is pinned");
+            let globals: Array<MapData, [u64; 2]> = Map::Array(map).try_into().expect("it is an array");
+            globals.get(&0, 0).expect("it has an element")[0]
+        };
+        let before = epoch();
+        drop(engine);
+        let (mut engine, report) = lab.open();
+        assert_eq!(report.maps, MapsOutcome::Adopted);
+        assert!(epoch() > before);
+        assert_eq!(lab.sync(&mut engine, &config).writes.total(), 0);
+        engine.detach_all().expect("everything can be removed");
+    });
+}
+
+#[test]
+fn an_interface_that_another_sluice_serves_is_left_to_it() {
+    in_lab(|lab| {
+        let (one, _two) = (lab.guest("p1", 1), lab.guest("p2", 2));
+        let config = config(vec![vnic(1, "p1"), vnic(2, "p2")]);
+        let (mut first, _) = lab.open();
+        lab.sync(&mut first, &config);
+        eventually("the first ping", || reaches(&one, 2));
+        let elsewhere = EngineOptions { pin_dir: lab.options.pin_dir.join("other") };
+        let (mut second, _) = Engine::open(&elsewhere).expect("it is another directory");
+        let report = lab.sync(&mut second, &config);
+        for port in report.ports.values() {
+            assert!(
+                matches!(&port.state, PortState::Failed { error } if error.contains("another Sluice")),
+                "{port:?}"
+            );
+        }
+        assert!(reaches(&one, 2));
+        second.detach_all().expect("everything can be removed");
+        assert!(reaches(&one, 2));
+        first.detach_all().expect("everything can be removed");
     });
 }

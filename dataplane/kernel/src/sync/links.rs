@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
+use aya::programs::{ProgramInfo, SchedClassifier, TcAttachType};
 use sluice_pipeline::tables::port_kind;
 use sluice_policy::image::PortImage;
 
@@ -11,6 +12,7 @@ use super::expedite::Expedited;
 use crate::attach::Attached;
 use crate::hook::{self, Choice};
 use crate::links::{Link, Links};
+use crate::loader;
 use crate::syscall::LinkKind;
 use crate::{EngineError, HooksInUse, PortState, PortStatus, SyncReport, promisc, vlan_offload};
 
@@ -132,6 +134,10 @@ impl Pass<'_> {
         }
         let Choice { mut xdp, notes } = hook::choose(port, link);
         status.notes = notes;
+        if !link.view.up {
+            let name = &link.view.name;
+            status.notes.push(format!("{name} is down: nothing reaches it; `ip link set {name} up`"));
+        }
         // Only physical devices have no kind. Virtual ones keep tags where their peers put them.
         if xdp && link.view.kind.is_empty() {
             match vlan_offload::switch_off(link, self.pins) {
@@ -175,6 +181,14 @@ impl Pass<'_> {
         kind: LinkKind,
         report: &mut SyncReport,
     ) -> io::Result<()> {
+        if kind == LinkKind::Tcx
+            && !self.attachments.is_attached(&port.name, kind, link.view.ifindex)
+            && let Some(id) = foreign_program(&link.view.name)
+        {
+            return Err(io::Error::other(format!(
+                "another Sluice serves this interface (program id {id}); take it out of that one's configuration first"
+            )));
+        }
         let program = match kind {
             LinkKind::Tcx => &self.loaded.tc,
             LinkKind::Xdp => &self.loaded.xdp,
@@ -190,6 +204,13 @@ impl Pass<'_> {
         report.link_changes.push(change);
         Ok(())
     }
+}
+
+/// The id of a program like ours on an interface on which we have none: two daemons with different state directories
+/// would otherwise take it from each other, and the loser's policy would silently be out of force.
+fn foreign_program(netdev: &str) -> Option<u32> {
+    let (_, programs) = SchedClassifier::query_tcx(netdev, TcAttachType::Ingress).ok()?;
+    programs.iter().find(|program| program.name() == loader::TC.as_bytes()).map(ProgramInfo::id)
 }
 
 fn pending_reason(port: &PortImage) -> String {

@@ -72,7 +72,8 @@ impl Mirror {
         }
     }
 
-    /// Reads everything.
+    /// Reads everything, and makes every cached verdict outdated: whoever wrote last may not have lived to do so, and what
+    /// is equal to the image now would never be looked at again.
     pub(crate) fn read(maps: &Maps, attachments: &Attachments) -> Result<Mirror, EngineError> {
         let mut mirror = Mirror::empty();
         mirror.fresh = false;
@@ -104,6 +105,8 @@ impl Mirror {
             .filter_map(|(port, ifindex)| Some((*mirror.port_of.get(&ifindex)?, port.to_owned())))
             .collect();
         mirror.read_groups(maps)?;
+        mirror.globals.epoch += 1;
+        maps.globals.set(&0, &mirror.globals)?;
         Ok(mirror)
     }
 

@@ -46,7 +46,7 @@ impl Pass<'_> {
         self.attachments.refresh()?;
         self.wait_if_needed();
 
-        self.retire(&mut report)?;
+        let ports_retired = self.retire(&mut report)?;
         let groups = acl::plan(self.mirror, self.image);
         let acl_changed = self.write_groups(&groups)?;
         self.write_switches()?;
@@ -57,7 +57,7 @@ impl Pass<'_> {
         let refused = self.write_devmap()?;
         self.write_port_of()?;
         // Attaching many takes seconds (a grace period each), and what is attached already need not wait for it.
-        if acl_changed || ports_changed || addresses_changed {
+        if acl_changed || ports_retired || ports_changed || addresses_changed {
             self.raise_epoch()?;
         }
         self.remove_ip_guard()?;

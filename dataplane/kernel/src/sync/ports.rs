@@ -25,8 +25,8 @@ fn is_same(mirror: &Mirror, id: u32, have: &PortMirror, want: &PortImage) -> boo
 
 impl Pass<'_> {
     /// Takes ports out of service that are gone, or are not what they were: they become unreachable first, then
-    /// absent, then forgotten.
-    pub(super) fn retire(&mut self, report: &mut SyncReport) -> Result<(), EngineError> {
+    /// absent, then forgotten. Says whether there were any, as their addresses are cached too.
+    pub(super) fn retire(&mut self, report: &mut SyncReport) -> Result<bool, EngineError> {
         self.release_links(report)?;
         let retired: BTreeSet<u32> = self
             .mirror
@@ -38,7 +38,7 @@ impl Pass<'_> {
             .map(|(id, _)| *id)
             .collect();
         if retired.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         let maps = &self.loaded.maps;
         let interfaces: Vec<u32> = keys_to(&self.mirror.port_of, &retired);
@@ -71,7 +71,7 @@ impl Pass<'_> {
         self.mirror.devmap.retain(|port, _| !retired.contains(port));
         self.mirror.macs.retain(|_, port| !retired.contains(port));
         self.mirror.ports.retain(|port, _| !retired.contains(port));
-        Ok(())
+        Ok(true)
     }
 
     /// Writes changed switches. Eight bytes each, which an array takes as one word.

@@ -108,6 +108,9 @@ impl Check<'_> {
             let message =
                 format!("`{name}` has {} bytes; an interface name has at most {longest} here", name.len());
             self.report(ViolationCode::OutOfRange, resource, field, message);
+        } else if name == "lo" {
+            let message = "the loopback interface is the host's own; name a tap, a veth or a NIC";
+            self.report(ViolationCode::Invalid, resource, field, message);
         } else if matches!(name, "." | "..")
             || name.chars().any(|c| matches!(c, '/' | ':') || c.is_whitespace() || c.is_control())
         {
