@@ -78,7 +78,8 @@ drop_reasons! {
     MalformedLength = 6, "malformed-length";
     /// IPv6 header cut off or of another version.
     MalformedIpv6 = 7, "malformed-ipv6";
-    /// An IPv6 extension header is cut off, there are more than eight, or they reach past the first 256 bytes.
+    /// An IPv6 extension header is cut off, there are more than eight, or they end more than 232 bytes from the start of the
+    /// IPv6 header.
     MalformedIpv6Extension = 8, "malformed-ipv6-extension";
     /// TCP header cut off, or its data offset is below 20 bytes or past the segment.
     MalformedTcp = 9, "malformed-tcp";
