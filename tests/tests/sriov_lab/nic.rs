@@ -1,9 +1,11 @@
 //! The emulated igb ports: what their VFs can reach, and what the NIC keeps apart.
 
 use std::fs;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use sluice_tests::lab_guest::{self, PATIENCE, Pf, Vf, give};
+use sluice_tests::netns::check;
 use sluice_tests::wire::{self, Mac, TPID_CUSTOMER, carries, note, tags};
 use sluice_tests::{Netns, PacketSocket, tools};
 
@@ -64,8 +66,9 @@ fn vfs_reach_each_other_the_port_and_the_wire() -> Result<()> {
     let vm1 = machine(1, &vfs[0].netdev)?;
     let vm2 = machine(2, &vfs[1].netdev)?;
     let outside = machine(4, far.name())?;
-    let host = machine(3, near.name())?;
-    for (from, to) in [(&vm1, 2), (&vm2, 3), (&vm2, 4), (&host, 1), (&host, 4), (&outside, 1)] {
+    // The port stays where it is: moving it would take it down, and reset its VFs.
+    check(Command::new("ip").args(["address", "replace", &format!("{}/24", ip(3)), "dev", near.name()]))?;
+    for (from, to) in [(&vm1, 2), (&vm2, 3), (&vm2, 4), (&outside, 3), (&outside, 1)] {
         tools::ping(from, &ip(to)).with_context(|| format!("{} to number {to}", from.name()))?;
     }
     Ok(())
