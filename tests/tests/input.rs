@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 
 use anyhow::{Result, ensure};
+use serde_json::Value;
+use sluice_tests::api::number;
 use sluice_tests::lab::INTERFACE;
 use sluice_tests::wire::{BROADCAST, TPID_CUSTOMER, carries, ethernet, mac, note};
 use sluice_tests::{PATIENCE, PacketSocket, scenario, wait_until};
@@ -119,4 +121,43 @@ fn a_port_at_its_learning_limit_still_forwards() -> Result<()> {
         outside.expect("the note to the stranger", PATIENCE, |frame| carries(frame, "to a stranger"))?;
         Ok(())
     })
+}
+
+#[test]
+fn a_full_fdb_counts_and_goes_on_forwarding() -> Result<()> {
+    scenario(|lab| {
+        let (vm1, red, green) = (lab.vm(1)?, lab.outside(200)?, lab.outside(201)?);
+        lab.apply(&format!(
+            "switches:\n- {{name: blue, uplink: {{netdev: up200, learnLimit: 60000}}}}\n\
+             - {{name: other, uplink: {{netdev: up201, learnLimit: 60000}}}}\nvnics:\n{}",
+            vm1.vnic("")
+        ))?;
+        // Together nearly twice as many addresses as the FDB holds; each uplink by itself stays below its limit.
+        for (outside, number) in [(&red, 1), (&green, 2)] {
+            let socket = PacketSocket::open(&outside.netns, INTERFACE)?;
+            for station in 0..59_000u32 {
+                let [_, high, middle, low] = station.to_be_bytes();
+                socket.send(&note(mac(254), [2, 0xf0, number, high, middle, low], &[], "a new station"))?;
+            }
+        }
+        let stats = || lab.sluice().json(&["stats"]);
+        wait_until("addresses that found no room to be counted", PATIENCE, || {
+            Ok((sum(&stats()?, "fdbFull") > 0).then_some(()))
+        })?;
+        // A station that nobody can learn any more is reached all the same, by flooding.
+        vm1.ping(&red)?;
+        red.ping(&vm1)
+    })
+}
+
+/// The sum of a counter, wherever it stands.
+fn sum(value: &Value, counter: &str) -> u64 {
+    match value {
+        Value::Array(items) => items.iter().map(|item| sum(item, counter)).sum(),
+        Value::Object(fields) => fields
+            .iter()
+            .map(|(name, value)| if name == counter { number(value) } else { sum(value, counter) })
+            .sum(),
+        _ => 0,
+    }
 }
