@@ -13,16 +13,24 @@ use crate::workspace;
 
 /// Which crates of ours each crate may depend on: arrows point down only. Dev-dependencies count.
 /// A crate that is not listed may not exist; `*` stands for all of them.
-const ARROWS: [(&str, &[&str]); 10] = [
+const ARROWS: [(&str, &[&str]); 11] = [
     ("sluice-pipeline", &[]),
     ("sluice-programs", &["sluice-pipeline"]),
     ("sluice-policy", &["sluice-pipeline"]),
     ("sluice-kernel", &["sluice-pipeline", "sluice-policy"]),
     ("sluice-eswitch", &["sluice-pipeline", "sluice-policy"]),
+    ("sluice-user", &["sluice-pipeline", "sluice-policy"]),
     ("sluice-proto", &[]),
     (
         "sluice-control",
-        &["sluice-pipeline", "sluice-policy", "sluice-kernel", "sluice-eswitch", "sluice-proto"],
+        &[
+            "sluice-pipeline",
+            "sluice-policy",
+            "sluice-kernel",
+            "sluice-eswitch",
+            "sluice-user",
+            "sluice-proto",
+        ],
     ),
     ("sluice-benches", &["*"]),
     ("sluice-tests", &["*"]),
@@ -30,10 +38,16 @@ const ARROWS: [(&str, &[&str]); 10] = [
 ];
 
 /// The modules that may hold `unsafe` code; their crates deny it elsewhere, every other crate forbids it.
-const UNSAFE_MODULES: [&str; 4] = [
+const UNSAFE_MODULES: [&str; 10] = [
     "benches/src/bpf.rs",
     "dataplane/kernel/src/ethtool.rs",
     "dataplane/kernel/src/syscall.rs",
+    "dataplane/user/src/engine/slots.rs",
+    "dataplane/user/src/frame/buffer.rs",
+    "dataplane/user/src/sys.rs",
+    "dataplane/user/src/vhost/memory.rs",
+    "dataplane/user/src/vhost/ring.rs",
+    "dataplane/user/src/xdp/ring.rs",
     "tests/src/sys.rs",
 ];
 

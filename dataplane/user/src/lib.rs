@@ -1,0 +1,9 @@
+//! The userspace engine: serves ports that the kernel cannot, vhost-user above all, with the pipeline that the kernel
+//! engine runs as BPF.
+//!
+//! A frame is received by a port, decided on by a worker, and sent by another port. Configuration comes as the same
+//! [`Image`](sluice_policy::image::Image) that the kernel engine takes.
+
+#![deny(unsafe_code)]
+
+pub mod vhost;

@@ -1,0 +1,1 @@
+//! vhost-user: guest rings served directly, guest memory shared with the VMM.
