@@ -42,6 +42,7 @@ pub(crate) fn config(guests: &[Guest; 2], hook: Hook, rules: usize) -> Result<Co
             },
             ..Policy::default()
         },
+        sriov: None,
     });
     Ok(Config {
         switches: vec![Switch {

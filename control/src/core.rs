@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use sluice_kernel::{Observation, SyncReport};
 use sluice_policy::config::Config;
-use sluice_policy::image::Image;
+use sluice_policy::image::{Backings, Image};
 use sluice_policy::lower;
 use sluice_proto::v1;
 use tokio::sync::watch;
@@ -55,6 +55,8 @@ pub struct Core {
     state: State,
     config: Config,
     engine: Box<dyn DataPlane>,
+    /// Where vNICs' frames go, as far as VFs are concerned.
+    backings: Backings,
     /// What the engine was last told.
     image: Image,
     ports: BTreeMap<String, v1::PortStatus>,
@@ -107,6 +109,7 @@ impl Core {
             state,
             config,
             engine,
+            backings: Backings::default(),
             image: Image::default(),
             ports: BTreeMap::new(),
             untouched,
@@ -172,7 +175,8 @@ impl Core {
             Ok(done) => done,
             Err(error) => {
                 self.events.note(Severity::Error, format!("programming failed: {error}"));
-                self.ports = status::failed(&lower::ports(&self.config), &self.state.ids, &error.to_string());
+                let ports = lower::ports_with(&self.config, &self.backings);
+                self.ports = status::failed(&ports, &self.state.ids, &error.to_string());
                 Vec::new()
             }
         };
@@ -181,14 +185,15 @@ impl Core {
     }
 
     fn program(&mut self) -> Result<Vec<String>, Error> {
-        let ports = lower::ports(&self.config);
+        let ports = lower::ports_with(&self.config, &self.backings);
         let mut done = self.engine.ensure_internal(&ports)?;
         for line in &done {
             self.events.note(Severity::Info, line.clone());
         }
         for round in 0.. {
             let observation = self.engine.observe(&ports)?;
-            let image = lower::lower(&self.config, &self.state.ids, &observation.bindings)?;
+            let image =
+                lower::lower_with(&self.config, &self.state.ids, &observation.bindings, &self.backings)?;
             let report = self.engine.sync(&image)?;
             self.image = image;
             done.extend(report.link_changes.iter().cloned());

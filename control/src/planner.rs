@@ -55,7 +55,7 @@ pub fn summary(old: &State, new: &State) -> Vec<(&'static str, Key)> {
 }
 
 fn change(action: Action, target: String, fields: Vec<FieldChange>, note: String) -> Change {
-    Change { action: action.into(), target, fields, note }
+    Change { action: action.into(), target, fields, note, uncovered: Vec::new() }
 }
 
 /// The JSON mapping of a spec.

@@ -68,6 +68,7 @@ pub(super) fn plan(output: &Output, answer: &v1::PlanResponse) -> Result<bool, C
             Action::Delete => ("-", "delete", Tone::Bad),
             Action::Attach => ("+", "attach", Tone::Good),
             Action::Detach => ("-", "detach", Tone::Bad),
+            Action::Move => ("~", "move", Tone::Warn),
             Action::Program | Action::Unspecified => ("~", "program", Tone::Warn),
         };
         let note = if change.note.is_empty() { String::new() } else { format!(": {}", change.note) };
@@ -79,6 +80,9 @@ pub(super) fn plan(output: &Output, answer: &v1::PlanResponse) -> Result<bool, C
                 (before, after) => format!("~ {}: {} -> {}", field.path, short(before), short(after)),
             };
             output.line(&format!("    {text}"));
+        }
+        for one in &change.uncovered {
+            output.line(&format!("    {}: {}; {}", one.feature, one.text, one.remedy));
         }
     }
     Ok(true)

@@ -4,8 +4,8 @@ use std::fmt::Display;
 use std::str::FromStr;
 
 use sluice_policy::config::{
-    Acl, AclAction, AclGroup, AclMatch, AclRule, Attachment, Direction, Hook, Internal, Policy, Rate, Switch,
-    Uplink, VlanMode, Vnic,
+    Acl, AclAction, AclGroup, AclMatch, AclRule, Attachment, Attestable, Direction, Hook, Internal, Policy,
+    Rate, Sriov, Switch, Uplink, VfAttachment, VlanMode, Vnic,
 };
 use sluice_policy::net::{MacAddr, VlanId};
 use sluice_policy::validate::{Violation, ViolationCode};
@@ -19,6 +19,10 @@ use crate::resource::{Key, Kind};
 pub(super) const AGEING_SECONDS: u32 = 300;
 /// Most addresses learnt from an uplink, unless told.
 pub(super) const UPLINK_LEARN_LIMIT: u32 = 16_384;
+/// Weight of a vNIC's claim to a VF, unless told.
+pub(super) const WEIGHT: u8 = 50;
+/// Name of a VF's interface in a VM's namespace, unless told.
+pub(super) const VF_NETDEV: &str = "vf0";
 
 /// Converts every resource of a configuration, in its order.
 ///
@@ -166,7 +170,26 @@ impl<'a> Reader<'a> {
             native: message.native.and_then(|vid| self.vlan("uplink.native", vid)),
             learn_limit: message.learn_limit.unwrap_or(UPLINK_LEARN_LIMIT),
             up: self.is_up("uplink.adminState", message.admin_state),
+            attest: self.attest(&message.attest),
         }
+    }
+
+    fn attest(&mut self, names: &[String]) -> Vec<Attestable> {
+        let mut attested = Vec::new();
+        for (index, name) in names.iter().enumerate() {
+            match Attestable::from_name(name) {
+                Some(one) if !attested.contains(&one) => attested.push(one),
+                Some(_) => {}
+                None => {
+                    let known = Attestable::ALL.map(Attestable::name).join(", ");
+                    self.invalid(
+                        &format!("uplink.attest[{index}]"),
+                        format!("`{name}` cannot be attested; use {known}"),
+                    );
+                }
+            }
+        }
+        attested
     }
 
     fn vlan_mode(&mut self, field: &str, message: Option<&v1::VlanMode>) -> VlanMode {
@@ -217,7 +240,56 @@ impl<'a> Reader<'a> {
             extra_macs: self.list("extraMacs", &message.extra_macs),
             up: self.is_up("adminState", message.admin_state),
             policy: message.policy.as_ref().map(|policy| self.policy(policy)).unwrap_or_default(),
+            sriov: message.sriov.as_ref().map(|sriov| self.sriov(&message.name, sriov)),
         }
+    }
+
+    fn sriov(&mut self, vnic: &str, message: &v1::Sriov) -> Sriov {
+        let weight = match message.weight {
+            None => WEIGHT,
+            Some(weight) => match u8::try_from(weight) {
+                Ok(weight @ 0..=100) => weight,
+                _ => {
+                    let text = format!("{weight} is not a weight; use 0 (never) to 100");
+                    self.note("sriov.weight", text, ViolationCode::OutOfRange);
+                    0
+                }
+            },
+        };
+        let optional = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+        let or = |text: &str, usual: &str| if text.is_empty() { usual.to_owned() } else { text.to_owned() };
+        let attach = match message.attach.as_ref().and_then(|attach| attach.kind.as_ref()) {
+            Some(v1::vf_attachment::Kind::Netns(netns)) => {
+                if netns.path.is_empty() {
+                    self.missing("sriov.attach.netns.path", "give the namespace, as in /run/netns/vm1");
+                }
+                VfAttachment::Netns {
+                    path: netns.path.clone(),
+                    netdev: or(&netns.netdev, VF_NETDEV),
+                    bond: optional(&netns.bond),
+                }
+            }
+            Some(v1::vf_attachment::Kind::External(_)) => VfAttachment::External,
+            Some(v1::vf_attachment::Kind::Qmp(qmp)) => {
+                if qmp.socket.is_empty() {
+                    self.missing("sriov.attach.qmp.socket", "give the path of QEMU's monitor socket");
+                }
+                VfAttachment::Qmp {
+                    socket: qmp.socket.clone(),
+                    device: or(&qmp.device, &format!("sluice-{vnic}")),
+                    bus: optional(&qmp.bus),
+                    failover_pair: optional(&qmp.failover_pair),
+                }
+            }
+            None => {
+                self.missing(
+                    "sriov.attach",
+                    "say how the VF reaches the VM: `attach: {netns: {path: …}}`, `{external: {}}` or `{qmp: {socket: …}}`",
+                );
+                VfAttachment::External
+            }
+        };
+        Sriov { weight, attach }
     }
 
     fn policy(&mut self, message: &v1::Policy) -> Policy {

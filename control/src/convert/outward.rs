@@ -1,13 +1,13 @@
 //! Domain types to messages. Whatever equals its default is left out.
 
 use sluice_policy::config::{
-    Acl, AclAction, AclGroup, AclMatch, AclRule, Attachment, Direction, Hook, Policy, Rate, Switch, Uplink,
-    VlanMode, Vnic,
+    Acl, AclAction, AclGroup, AclMatch, AclRule, Attachment, Direction, Hook, Policy, Rate, Sriov, Switch,
+    Uplink, VfAttachment, VlanMode, Vnic,
 };
 use sluice_proto::v1;
 
 use super::Spec;
-use super::inward::{AGEING_SECONDS, UPLINK_LEARN_LIMIT};
+use super::inward::{AGEING_SECONDS, UPLINK_LEARN_LIMIT, VF_NETDEV, WEIGHT};
 use super::text::{print_ethertype, print_masked_mac, print_protocol, print_tcp_flags};
 
 /// A resource without status.
@@ -60,6 +60,7 @@ fn uplink(spec: &Uplink) -> v1::Uplink {
         native: spec.native.map(|vid| vid.get().into()),
         learn_limit: (spec.learn_limit != UPLINK_LEARN_LIMIT).then_some(spec.learn_limit),
         admin_state: admin_state(spec.up),
+        attest: spec.attest.iter().map(|one| one.name().to_owned()).collect(),
     }
 }
 
@@ -135,6 +136,31 @@ fn vnic(spec: &Vnic) -> v1::Vnic {
         extra_macs: texts(&spec.extra_macs),
         admin_state: admin_state(spec.up),
         policy: (spec.policy != Policy::default()).then(|| policy(&spec.policy)),
+        sriov: spec.sriov.as_ref().map(|claim| sriov(&spec.name, claim)),
+    }
+}
+
+fn sriov(vnic: &str, spec: &Sriov) -> v1::Sriov {
+    let unless = |text: &str, usual: &str| if text == usual { String::new() } else { text.to_owned() };
+    let kind = match &spec.attach {
+        VfAttachment::Netns { path, netdev, bond } => v1::vf_attachment::Kind::Netns(v1::NetnsAttachment {
+            path: path.clone(),
+            netdev: unless(netdev, VF_NETDEV),
+            bond: bond.clone().unwrap_or_default(),
+        }),
+        VfAttachment::External => v1::vf_attachment::Kind::External(v1::ExternalAttachment {}),
+        VfAttachment::Qmp { socket, device, bus, failover_pair } => {
+            v1::vf_attachment::Kind::Qmp(v1::QmpAttachment {
+                socket: socket.clone(),
+                device: unless(device, &format!("sluice-{vnic}")),
+                bus: bus.clone().unwrap_or_default(),
+                failover_pair: failover_pair.clone().unwrap_or_default(),
+            })
+        }
+    };
+    v1::Sriov {
+        weight: (spec.weight != WEIGHT).then_some(spec.weight.into()),
+        attach: Some(v1::VfAttachment { kind: Some(kind) }),
     }
 }
 

@@ -146,8 +146,8 @@ impl Core {
             .map_err(|found| Error::Invalid(found.into_iter().map(from_policy).collect()))?;
         let config = state.config();
         lower::assign_ids(&config, &mut state.ids)?;
-        let observation = self.engine.observe(&lower::ports(&config))?;
-        let image = lower::lower(&config, &state.ids, &observation.bindings)?;
+        let observation = self.engine.observe(&lower::ports_with(&config, &self.backings))?;
+        let image = lower::lower_with(&config, &state.ids, &observation.bindings, &self.backings)?;
         Ok(Candidate { state, config, image })
     }
 

@@ -92,6 +92,7 @@ impl World {
             native: None,
             learn_limit: 0,
             up: true,
+            attest: Vec::new(),
         };
         let switch =
             Switch { name: "blue".into(), uplink: Some(uplink), internal: None, ageing_seconds: 300 };
@@ -105,6 +106,7 @@ impl World {
             extra_macs: Vec::new(),
             up: true,
             policy: policy(rng),
+            sriov: None,
         };
         let vnics = (0..VNICS).map(|number| vnic(number, &mut rng)).collect();
         let machines = (0..VNICS).map(|_| Machine {

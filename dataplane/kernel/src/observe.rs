@@ -39,7 +39,9 @@ fn find<'a>(port: &PortSpec, links: &'a Links) -> Result<&'a Link, String> {
     let (fits, wanted) = match port.kind {
         PortSpecKind::Veth => (link.view.kind == "veth", "a veth"),
         PortSpecKind::Tap => (link.view.kind == "tun", "a tap"),
-        PortSpecKind::Uplink | PortSpecKind::Internal { .. } => (true, "anything"),
+        PortSpecKind::Uplink | PortSpecKind::Representor | PortSpecKind::Internal { .. } => {
+            (true, "anything")
+        }
     };
     if !fits {
         let kind = if link.view.kind.is_empty() { "a physical device" } else { &link.view.kind };

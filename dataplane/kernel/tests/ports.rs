@@ -22,6 +22,7 @@ fn uplink(netdev: &str) -> Uplink {
         native: None,
         learn_limit: 100,
         up: true,
+        attest: Vec::new(),
     }
 }
 

@@ -61,6 +61,54 @@ pub struct Uplink {
     pub learn_limit: u32,
     /// Administratively up.
     pub up: bool,
+    /// What its NIC enforces by the operator's word.
+    pub attest: Vec<Attestable>,
+}
+
+/// An ability of an eSwitch that an operator may vouch for, since a probe cannot always prove it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Attestable {
+    /// Drops frames whose source is not the VF's address.
+    MacGuard,
+    /// Drops what a VF without a port VLAN sends with a tag.
+    Untagged,
+    /// Limits what a VF sends.
+    RateFromVm,
+    /// Puts a VF into a customer VLAN.
+    AccessVlan,
+    /// Puts a VF into a service VLAN.
+    TunnelVlan,
+    /// Gives the PF a copy of what VFs send to unknown addresses.
+    UnknownUnicast,
+}
+
+impl Attestable {
+    /// All of them.
+    pub const ALL: [Attestable; 6] = [
+        Attestable::MacGuard,
+        Attestable::Untagged,
+        Attestable::RateFromVm,
+        Attestable::AccessVlan,
+        Attestable::TunnelVlan,
+        Attestable::UnknownUnicast,
+    ];
+
+    /// Its name in configurations.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Attestable::MacGuard => "macGuard",
+            Attestable::Untagged => "untagged",
+            Attestable::RateFromVm => "rateFromVm",
+            Attestable::AccessVlan => "accessVlan",
+            Attestable::TunnelVlan => "tunnelVlan",
+            Attestable::UnknownUnicast => "unknownUnicast",
+        }
+    }
+
+    /// The one with this name.
+    pub fn from_name(name: &str) -> Option<Attestable> {
+        Attestable::ALL.into_iter().find(|one| one.name() == name)
+    }
 }
 
 /// The host's interface on a switch: one end of a veth pair that Sluice makes, in the daemon's namespace.
@@ -170,6 +218,56 @@ pub struct Vnic {
     pub up: bool,
     /// Its policy.
     pub policy: Policy,
+    /// Its claim to a VF, if it has one.
+    pub sriov: Option<Sriov>,
+}
+
+/// A vNIC's claim to a VF of its uplink's NIC.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sriov {
+    /// 0–100: who gets the VFs when there are too few; 0 means never.
+    pub weight: u8,
+    /// How the VF reaches the VM.
+    pub attach: VfAttachment,
+}
+
+/// How a VF reaches a VM and is taken back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VfAttachment {
+    /// Its interface is moved into a network namespace.
+    Netns {
+        /// Path of the namespace, or its name in `/run/netns`.
+        path: String,
+        /// Name of the interface there.
+        netdev: String,
+        /// A bond there, in active-backup mode, of which it becomes the primary slave.
+        bond: Option<String>,
+    },
+    /// An orchestrator plugs and acknowledges.
+    External,
+    /// QEMU's monitor plugs.
+    Qmp {
+        /// Path of the monitor's socket.
+        socket: String,
+        /// Identifier of the device.
+        device: String,
+        /// Bus to plug into; QEMU's choice if not given.
+        bus: Option<String>,
+        /// Identifier of the virtio-net device whose primary the VF becomes.
+        failover_pair: Option<String>,
+    },
+}
+
+impl Vnic {
+    /// Whether it ever may have a VF.
+    pub fn wants_vf(&self) -> bool {
+        self.sriov.as_ref().is_some_and(|sriov| sriov.weight > 0)
+    }
+
+    /// Its addresses, its own first.
+    pub fn macs(&self) -> impl Iterator<Item = MacAddr> {
+        std::iter::once(self.mac).chain(self.extra_macs.iter().copied())
+    }
 }
 
 /// The software attachment of a vNIC: the name of an interface that somebody else makes, and may make later.

@@ -22,6 +22,26 @@ pub struct Binding {
 /// Bindings by the port's name in [`Ids::ports`](crate::ids::Ids::ports).
 pub type Bindings = BTreeMap<String, Binding>;
 
+/// Where the frames of vNICs go at the moment, as far as VFs are concerned: what the VF side tells the engines.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Backings {
+    /// vNICs that hold a VF or are about to, by name.
+    pub vnics: BTreeMap<String, Backing>,
+    /// Switches whose uplink's NIC is told, address by address, what its PF is to receive. Such an uplink must not be
+    /// promiscuous: NICs then send it what is not for it, and keep from it what is.
+    pub filtered_uplinks: BTreeSet<String>,
+}
+
+/// A vNIC's VF as the software switch sees it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Backing {
+    /// In switchdev mode, the VF's representor: a second port of the vNIC under the same policy.
+    pub representor: Option<String>,
+    /// The guest uses the VF: the vNIC's addresses are behind the representor or, in legacy mode, behind the uplink,
+    /// and nothing is flooded to the software attachment.
+    pub in_use: bool,
+}
+
 /// A port's entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortImage {
@@ -37,6 +57,10 @@ pub struct PortImage {
     pub config: PortConfig,
     /// VLAN bitmap; all zero unless the port is a trunk.
     pub trunk: TrunkBitmap,
+    /// Its interface is told what to receive, so it must not be made promiscuous.
+    pub is_filtered: bool,
+    /// Nothing is flooded to it: its vNIC is served by another port.
+    pub is_standby: bool,
 }
 
 /// What a rule does, without the versions that the engine adds.

@@ -11,11 +11,11 @@ mod acl;
 mod flood;
 mod port;
 
-use sluice_pipeline::tables::{PORTS_MAX, RULES_MAX, SWITCHES_MAX, SwitchConfig};
+use sluice_pipeline::tables::{MacKey, PORTS_MAX, RULES_MAX, SWITCHES_MAX, SwitchConfig, mac_word};
 
 use crate::config::{Attachment, Config, Hook, Internal, Switch, Vnic};
 use crate::ids::{IdSpace, Ids};
-use crate::image::{Bindings, Image};
+use crate::image::{Backings, Bindings, Image};
 use crate::net::MacAddr;
 
 pub use acl::{Expansion, expand, rule_name};
@@ -68,6 +68,8 @@ pub enum PortSpecKind {
     Tap,
     /// A switch's uplink.
     Uplink,
+    /// A VF's representor.
+    Representor,
     /// The host's interface on a switch, which the engine makes.
     Internal {
         /// Address of the host's end.
@@ -95,6 +97,11 @@ pub fn vnic_port(vnic: &str) -> String {
     format!("vnic/{vnic}")
 }
 
+/// Name of the port of a vNIC's VF, in switchdev mode, in [`Ids::ports`].
+pub fn vf_port(vnic: &str) -> String {
+    format!("vf/{vnic}")
+}
+
 /// Name of a switch's uplink in [`Ids::ports`].
 pub fn uplink_port(switch: &str) -> String {
     format!("uplink/{switch}")
@@ -120,8 +127,14 @@ pub fn internal_port_netdev(internal: &Internal) -> String {
     format!("{}-sw", internal.netdev)
 }
 
-/// Every port that the configuration wants, in a stable order: switches' first, then vNICs'.
+/// Every port that the configuration wants while no vNIC has a VF: see [`ports_with`].
 pub fn ports(config: &Config) -> Vec<PortSpec> {
+    ports_with(config, &Backings::default())
+}
+
+/// Every port that is wanted, in a stable order: switches' first, then vNICs', each followed by its VF's if that has a
+/// representor.
+pub fn ports_with(config: &Config, backings: &Backings) -> Vec<PortSpec> {
     let mut specs = Vec::with_capacity(config.vnics.len() + config.switches.len() * 2);
     for switch in &config.switches {
         if let Some(uplink) = &switch.uplink {
@@ -143,8 +156,22 @@ pub fn ports(config: &Config) -> Vec<PortSpec> {
             });
         }
     }
-    specs.extend(config.vnics.iter().map(vnic_spec));
+    for vnic in &config.vnics {
+        specs.push(vnic_spec(vnic));
+        specs.extend(representor(vnic, backings).map(|netdev| PortSpec {
+            name: vf_port(&vnic.name),
+            netdev: netdev.to_owned(),
+            kind: PortSpecKind::Representor,
+            hook: Hook::Tcx,
+            full_checksums: false,
+        }));
+    }
     specs
+}
+
+/// The representor of the VF that a vNIC has, in switchdev mode.
+fn representor<'a>(vnic: &Vnic, backings: &'a Backings) -> Option<&'a str> {
+    backings.vnics.get(&vnic.name)?.representor.as_deref()
 }
 
 fn vnic_spec(vnic: &Vnic) -> PortSpec {
@@ -168,7 +195,9 @@ fn vnic_spec(vnic: &Vnic) -> PortSpec {
 /// # Errors
 /// [`LowerError::TooMany`] if there are more names than numbers; `ids` is then unchanged.
 pub fn assign_ids(config: &Config, ids: &mut Ids) -> Result<(), LowerError> {
-    let ports: Vec<String> = ports(config).into_iter().map(|spec| spec.name).collect();
+    // A VF comes and goes without a change of the configuration: its port has a number all the while.
+    let of_vfs = config.vnics.iter().filter(|vnic| vnic.wants_vf()).map(|vnic| vf_port(&vnic.name));
+    let ports: Vec<String> = ports(config).into_iter().map(|spec| spec.name).chain(of_vfs).collect();
     let switches: Vec<&str> = config.switches.iter().map(|switch| switch.name.as_str()).collect();
     let (mut groups, mut rules) = (Vec::new(), Vec::new());
     for (key, list) in acl::groups(config) {
@@ -198,6 +227,14 @@ fn number(space: &IdSpace, kind: &'static str, name: &str) -> Result<u32, LowerE
     space.get(name).ok_or_else(|| LowerError::Unnumbered { kind, name: name.to_owned() })
 }
 
+/// Makes the tables of a host on which no vNIC has a VF: see [`lower_with`].
+///
+/// # Errors
+/// As [`lower_with`].
+pub fn lower(config: &Config, ids: &Ids, bindings: &Bindings) -> Result<Image, LowerError> {
+    lower_with(config, ids, bindings, &Backings::default())
+}
+
 /// Makes the tables of a host.
 ///
 /// Ports without a binding are pending: their configuration and static addresses are there, so that frames to them
@@ -205,19 +242,45 @@ fn number(space: &IdSpace, kind: &'static str, name: &str) -> Result<u32, LowerE
 ///
 /// # Errors
 /// [`LowerError`]; what is wrong with the configuration is better said by [`validate`](crate::validate::validate).
-pub fn lower(config: &Config, ids: &Ids, bindings: &Bindings) -> Result<Image, LowerError> {
+pub fn lower_with(
+    config: &Config,
+    ids: &Ids,
+    bindings: &Bindings,
+    backings: &Backings,
+) -> Result<Image, LowerError> {
     let mut image = Image { groups: acl::lower_groups(config, ids)?, ..Image::default() };
     for switch in &config.switches {
-        lower_switch(switch, ids, bindings, &mut image)?;
+        lower_switch(switch, ids, bindings, backings, &mut image)?;
     }
     for vnic in &config.vnics {
         let switch = number(&ids.switches, "switch", &vnic.switch)?;
         let id = number(&ids.ports, "port", &vnic_port(&vnic.name))?;
         let acl = acl::port_acl(&vnic.name, &vnic.policy.acl, ids, &image.groups)?;
-        let mut image_of_port = port::vnic(vnic, switch, acl);
-        port::bind(&mut image_of_port, id, bindings, &mut image);
+        let mut software = port::vnic(vnic, switch, acl);
+        port::bind(&mut software, id, bindings, &mut image);
         image.ip_guard.extend(port::ip_guard_keys(vnic, id));
-        image.ports.insert(id, image_of_port);
+        if let Some(backing) = backings.vnics.get(&vnic.name) {
+            let vf = match &backing.representor {
+                Some(netdev) => {
+                    let vf = number(&ids.ports, "port", &vf_port(&vnic.name))?;
+                    let mut port = port::representor(&software, vf_port(&vnic.name), netdev);
+                    port.is_standby = !backing.in_use;
+                    port::bind(&mut port, vf, bindings, &mut image);
+                    image.ip_guard.extend(port::ip_guard_keys(vnic, vf));
+                    image.ports.insert(vf, port);
+                    Some(vf)
+                }
+                None => {
+                    let uplink = image.switches.get(&switch).map_or(0, |switch| switch.uplink);
+                    (uplink != 0).then_some(uplink)
+                }
+            };
+            software.is_standby = backing.in_use;
+            // Entered last, it decides where the addresses are.
+            let owner = vf.filter(|_| backing.in_use).unwrap_or(id);
+            image.macs.extend(vnic.macs().map(|mac| (MacKey::from_word(switch, mac_word(mac.0)), owner)));
+        }
+        image.ports.insert(id, software);
     }
     flood::lower_lists(&mut image);
     Ok(image)
@@ -227,6 +290,7 @@ fn lower_switch(
     switch: &Switch,
     ids: &Ids,
     bindings: &Bindings,
+    backings: &Backings,
     image: &mut Image,
 ) -> Result<(), LowerError> {
     let id = number(&ids.switches, "switch", &switch.name)?;
@@ -234,6 +298,7 @@ fn lower_switch(
     if let Some(uplink) = &switch.uplink {
         uplink_id = number(&ids.ports, "port", &uplink_port(&switch.name))?;
         let mut port = port::uplink(&switch.name, uplink, id);
+        port.is_filtered = backings.filtered_uplinks.contains(&switch.name);
         port::bind(&mut port, uplink_id, bindings, image);
         image.ports.insert(uplink_id, port);
     }

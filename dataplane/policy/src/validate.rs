@@ -13,7 +13,7 @@ use sluice_pipeline::tables::{
     IP_GUARD_MAX, PORTS_MAX, RULE_ENTRIES_MAX, RULES_MAX, SWITCHES_MAX, VNIC_MACS_MAX,
 };
 
-use crate::config::Config;
+use crate::config::{Config, Vnic};
 use crate::lower;
 use crate::net::MacAddr;
 
@@ -241,14 +241,18 @@ impl Check<'_> {
         let entries: usize = rule_lists().flatten().map(|rule| lower::expand(&rule.matches).count()).sum();
         let macs: usize = config.vnics.iter().map(|vnic| 1 + vnic.extra_macs.len()).sum::<usize>()
             + config.switches.iter().filter(|switch| switch.internal.is_some()).count();
-        let guards: usize = config.vnics.iter().map(|vnic| lower::effective_ip_guard(vnic).len()).sum();
+        // A VF has a port of its own, with the vNIC's policy.
+        let guards_of =
+            |vnic: &Vnic| lower::effective_ip_guard(vnic).len() * (1 + usize::from(vnic.wants_vf()));
+        let guards: usize = config.vnics.iter().map(guards_of).sum();
+        let vfs = config.vnics.iter().filter(|vnic| vnic.wants_vf()).count();
         let counts = [
             // Number 0 is never given out.
             ("switches", "switches", config.switches.len(), SWITCHES_MAX as usize - 1),
             (
                 "vnics",
-                "ports (vNICs, uplinks and internal ports)",
-                lower::ports(config).len(),
+                "ports (vNICs, uplinks, internal ports, and one more for each vNIC that may have a VF)",
+                lower::ports(config).len() + vfs,
                 PORTS_MAX as usize - 1,
             ),
             ("aclGroups", "ACL rules", rules, RULES_MAX as usize - 1),

@@ -37,6 +37,7 @@ fn big(vnics: u32, rules: u32) -> Config {
             extra_macs: Vec::new(),
             up: true,
             policy,
+            sriov: None,
         }
     };
     Config {

@@ -153,6 +153,7 @@ fn config() -> Result<Config> {
         extra_macs: vec![mac(0x80 + number)],
         up: true,
         policy,
+        sriov: None,
     });
     let uplink = Uplink {
         netdev: "pf0".into(),
@@ -162,6 +163,7 @@ fn config() -> Result<Config> {
         native: None,
         learn_limit: 16_384,
         up: true,
+        attest: Vec::new(),
     };
     let blue = Switch { name: "blue".into(), uplink: Some(uplink), internal: None, ageing_seconds: 300 };
     let config = Config { switches: vec![blue], acl_groups: Vec::new(), vnics: vnics.collect() };

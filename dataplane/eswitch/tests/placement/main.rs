@@ -232,6 +232,7 @@ fn ease_surroundings(rng: &mut Rng, scenario: &mut Scenario) {
             native: None,
             learn_limit: 16_384,
             up: true,
+            attest: Vec::new(),
         });
     }
     if let Some(uplink) = &mut switch.uplink

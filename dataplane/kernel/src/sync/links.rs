@@ -85,7 +85,7 @@ impl Pass<'_> {
             .image
             .ports
             .values()
-            .filter(|port| port.config.kind == port_kind::UPLINK)
+            .filter(|port| port.config.kind == port_kind::UPLINK && !port.is_filtered)
             .filter(|port| links.by_ifindex(port.config.ifindex).is_some_and(promisc::is_needed))
             .map(|port| port.config.ifindex)
             .collect();

@@ -145,6 +145,7 @@ pub(crate) fn vnic(number: u32, netdev: &str) -> Vnic {
         extra_macs: vec![],
         up: true,
         policy: Policy::default(),
+        sriov: None,
     }
 }
 

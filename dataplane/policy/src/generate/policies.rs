@@ -69,6 +69,7 @@ fn switch(rng: &mut Rng, number: usize) -> Switch {
         native: rng.chance(40).then(|| vid(rng)),
         learn_limit: *rng.pick(&[0, 2, 16_384, 16_384]),
         up: rng.chance(96),
+        attest: Vec::new(),
     });
     let internal = rng.chance(30).then(|| Internal {
         netdev: format!("host{number}"),
@@ -150,6 +151,7 @@ fn vnic(rng: &mut Rng, number: usize, switches: &[Switch], groups: &[&str]) -> V
             rate_from_vm: rate(rng),
             rate_to_vm: rate(rng),
         },
+        sriov: None,
     }
 }
 

@@ -14,7 +14,7 @@ use crate::image::Image;
 /// goes changes no list.
 pub(super) fn lower_lists(image: &mut Image) {
     let mut lists: BTreeMap<(u32, Vlan), Vec<u32>> = BTreeMap::new();
-    for (&id, port) in &image.ports {
+    for (&id, port) in image.ports.iter().filter(|(_, port)| !port.is_standby) {
         let config = &port.config;
         let domain = match config.vlan_mode {
             vlan_mode::TRUNK | vlan_mode::ALL => FLOOD_TRUNKS,

@@ -63,6 +63,8 @@ pub(super) fn uplink(switch_name: &str, uplink: &Uplink, switch: u32) -> PortIma
         full_checksums: uplink.full_checksums,
         config,
         trunk,
+        is_filtered: false,
+        is_standby: false,
     }
 }
 
@@ -80,6 +82,8 @@ pub(super) fn internal(switch: &Switch, internal: &Internal, switch_id: u32) -> 
         full_checksums: false,
         config,
         trunk,
+        is_filtered: false,
+        is_standby: false,
     }
 }
 
@@ -97,7 +101,7 @@ pub(super) fn vnic(vnic: &Vnic, switch: u32, acl: [AclConfig; 2]) -> PortImage {
     config.learn_limit = learn_limit(policy);
     let learns = config.learn_limit > 0;
     set(&mut config, port_flag::LEARN, learns);
-    for (slot, mac) in config.macs.iter_mut().zip(macs(vnic)) {
+    for (slot, mac) in config.macs.iter_mut().zip(vnic.macs()) {
         *slot = mac_word(mac.0);
         config.mac_count += 1;
     }
@@ -111,7 +115,24 @@ pub(super) fn vnic(vnic: &Vnic, switch: u32, acl: [AclConfig; 2]) -> PortImage {
         full_checksums: vnic.full_checksums,
         config,
         trunk,
+        is_filtered: false,
+        is_standby: false,
     }
+}
+
+/// The port of a vNIC's VF: the same policy on another interface.
+pub(super) fn representor(software: &PortImage, name: String, netdev: &str) -> PortImage {
+    let mut port = PortImage {
+        name,
+        netdev: netdev.to_owned(),
+        hook: Hook::Tcx,
+        full_checksums: false,
+        ..software.clone()
+    };
+    // What `bind` enters is the software attachment's.
+    port.config.ifindex = 0;
+    port.config.flags &= !(port_flag::ATTACHED | port_flag::PEER_REDIRECT | port_flag::XDP_TARGET);
+    port
 }
 
 /// Enters what is known of the port's interface, and the port's static addresses.
@@ -128,11 +149,6 @@ pub(super) fn bind(port: &mut PortImage, id: u32, bindings: &Bindings, image: &m
     set(config, port_flag::PEER_REDIRECT, binding.peer_redirect);
     set(config, port_flag::XDP_TARGET, binding.xdp_target);
     image.ifindexes.insert(binding.ifindex, id);
-}
-
-/// A vNIC's addresses, its own first.
-fn macs(vnic: &Vnic) -> impl Iterator<Item = MacAddr> {
-    std::iter::once(vnic.mac).chain(vnic.extra_macs.iter().copied())
 }
 
 fn set(config: &mut PortConfig, flag: u32, on: bool) {
@@ -217,7 +233,7 @@ pub fn link_local(mac: MacAddr) -> Ipv6Addr {
 pub fn effective_ip_guard(vnic: &Vnic) -> Vec<IpAddr> {
     let mut addresses = vnic.policy.ip_guard.clone();
     if addresses.iter().any(IpAddr::is_ipv6) {
-        addresses.extend(macs(vnic).map(|mac| IpAddr::V6(link_local(mac))));
+        addresses.extend(vnic.macs().map(|mac| IpAddr::V6(link_local(mac))));
     }
     addresses.sort_unstable();
     addresses.dedup();

@@ -31,6 +31,7 @@ fn switch(name: &str) -> Switch {
             native: None,
             learn_limit: 1000,
             up: true,
+            attest: Vec::new(),
         }),
         internal: None,
         ageing_seconds: 300,
@@ -49,6 +50,7 @@ fn vnic(number: u32, policy: Policy) -> Vnic {
         extra_macs: Vec::new(),
         up: true,
         policy,
+        sriov: None,
     }
 }
 
@@ -303,5 +305,66 @@ fn tuples_are_sorted_by_their_best_rank() {
     }
     for tuple in &group.tuples[1] {
         assert!(group.rules.iter().any(|(key, rule)| key.tuple == tuple.id && rule.rank == tuple.max_rank));
+    }
+}
+
+/// Two vNICs, the first with a claim to a VF; ids of the uplink, of both vNICs and of the VF's port.
+fn with_a_claim() -> (Config, Ids, [u32; 4]) {
+    let mut first =
+        vnic(1, Policy { ip_guard: vec!["10.0.0.1".parse().expect("an address")], ..Policy::default() });
+    first.sriov = Some(crate::config::Sriov { weight: 50, attach: crate::config::VfAttachment::External });
+    let config = Config {
+        switches: vec![switch("blue")],
+        vnics: vec![first, vnic(2, Policy::default())],
+        ..Config::default()
+    };
+    let mut ids = Ids::default();
+    assign_ids(&config, &mut ids).expect("numbers");
+    let of = |name: &str| ids.ports.get(name).expect("a number");
+    let numbers = [of("uplink/blue"), of("vnic/vm1"), of("vnic/vm2"), of("vf/vm1")];
+    assert_eq!(ids.ports.get("vf/vm2"), None, "it asks for none");
+    (config, ids, numbers)
+}
+
+fn flooded(image: &Image, vlan: Vlan) -> Vec<u32> {
+    let chunk =
+        &image.flood[&FloodKey { switch: *image.switches.keys().next().expect("one"), vlan, chunk: 0 }];
+    chunk.ports[..chunk.count as usize].to_vec()
+}
+
+#[test]
+fn a_vf_in_legacy_mode_is_behind_the_uplink() {
+    let (config, ids, [uplink, vm1, vm2, vf]) = with_a_claim();
+    let mut backings = Backings { filtered_uplinks: ["blue".into()].into(), ..Backings::default() };
+    for (in_use, owner, members) in [(false, vm1, vec![vm1, vm2]), (true, uplink, vec![vm2])] {
+        backings.vnics.insert("vm1".into(), crate::image::Backing { representor: None, in_use });
+        let image = lower_with(&config, &ids, &Bindings::new(), &backings).expect("an image");
+        let key = MacKey::from_word(image.ports[&vm1].config.switch, image.ports[&vm1].config.macs[0]);
+        assert_eq!((image.macs[&key], flooded(&image, Vlan::UNTAGGED)), (owner, members), "in use: {in_use}");
+        assert!(image.ports[&uplink].is_filtered);
+        assert!(!image.ports.contains_key(&vf), "it has no representor");
+        assert_eq!(ports_with(&config, &backings), ports(&config));
+    }
+}
+
+#[test]
+fn a_representor_is_a_second_port_under_the_same_policy() {
+    let (config, ids, [_, vm1, vm2, vf]) = with_a_claim();
+    let mut backings = Backings::default();
+    let bindings = [("vf/vm1", 9), ("vnic/vm1", 8)]
+        .map(|(name, ifindex)| (name.to_owned(), Binding { ifindex, ..Binding::default() }));
+    for (in_use, owner, members) in [(false, vm1, vec![vm1, vm2]), (true, vf, vec![vf, vm2])] {
+        let representor = Some("pf0vf3".to_owned());
+        backings.vnics.insert("vm1".into(), crate::image::Backing { representor, in_use });
+        let image = lower_with(&config, &ids, &bindings.clone().into(), &backings).expect("an image");
+        let (software, hardware) = (&image.ports[&vm1].config, &image.ports[&vf].config);
+        let key = MacKey::from_word(software.switch, software.macs[0]);
+        assert_eq!((image.macs[&key], flooded(&image, Vlan::UNTAGGED)), (owner, members), "in use: {in_use}");
+        assert_eq!((software.ifindex, hardware.ifindex), (8, 9));
+        assert_eq!(&sluice_pipeline::tables::PortConfig { ifindex: 8, ..*hardware }, software);
+        let guards: Vec<u32> = image.ip_guard.iter().map(|key| key.port).collect();
+        assert!(guards.contains(&vm1) && guards.contains(&vf));
+        let names: Vec<String> = ports_with(&config, &backings).into_iter().map(|spec| spec.name).collect();
+        assert_eq!(names, ["uplink/blue", "vnic/vm1", "vf/vm1", "vnic/vm2"]);
     }
 }

@@ -27,6 +27,7 @@ fn vnic(number: u8, policy: Policy) -> Vnic {
         extra_macs: Vec::new(),
         up: true,
         policy,
+        sriov: None,
     }
 }
 
@@ -40,6 +41,7 @@ fn config(policies: impl IntoIterator<Item = Policy>) -> Config {
         native: None,
         learn_limit: 2,
         up: true,
+        attest: Vec::new(),
     };
     let switch = Switch { name: "blue".into(), uplink: Some(uplink), internal: None, ageing_seconds: 300 };
     let vnics = (1..).zip(policies).map(|(number, policy)| vnic(number, policy)).collect();

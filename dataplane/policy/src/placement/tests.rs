@@ -32,6 +32,7 @@ pub(super) fn config(policy: Policy) -> Config {
                 native: None,
                 learn_limit: 16_384,
                 up: true,
+                attest: Vec::new(),
             }),
             internal: None,
             ageing_seconds: 300,
@@ -47,6 +48,7 @@ pub(super) fn config(policy: Policy) -> Config {
             extra_macs: Vec::new(),
             up: true,
             policy,
+            sriov: None,
         }],
     }
 }

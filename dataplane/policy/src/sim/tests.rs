@@ -21,6 +21,7 @@ fn vnic(name: &str, mac: [u8; 6], policy: Policy) -> Vnic {
         extra_macs: Vec::new(),
         up: true,
         policy,
+        sriov: None,
     }
 }
 

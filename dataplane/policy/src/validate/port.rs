@@ -8,7 +8,7 @@ use sluice_pipeline::tables::{FDB_MAX, PORT_GROUPS_MAX, PORT_MACS_MAX};
 use super::{
     AGEING_SECONDS, Check, IP_GUARDS_PER_VNIC, NETDEV_MAX, RATE_BPS, RATE_BURST_BYTES, ViolationCode,
 };
-use crate::config::{Attachment, Rate, Switch, VlanMode, Vnic};
+use crate::config::{Attachment, Rate, Switch, VfAttachment, VlanMode, Vnic};
 use crate::net::{MacAddr, VlanRange};
 
 /// The field that names a vNIC's interface.
@@ -68,6 +68,7 @@ impl Check<'_> {
             );
             self.report(ViolationCode::Limit, &resource, "extraMacs", message);
         }
+        self.sriov(&resource, vnic);
         self.vlan(&resource, "policy.vlan", &policy.vlan);
         self.ip_guard(&resource, &policy.ip_guard);
         if let Some(limit) = policy.learn_limit {
@@ -97,6 +98,35 @@ impl Check<'_> {
             self.report(ViolationCode::Limit, &resource, "policy.acl.groups", message);
         }
         self.rules(&resource, "policy.acl.rules", &policy.acl.rules);
+    }
+
+    fn sriov(&mut self, resource: &str, vnic: &Vnic) {
+        let Some(sriov) = &vnic.sriov else { return };
+        if sriov.weight > 100 {
+            let message = format!("{} is not a weight; use 0 (never) to 100", sriov.weight);
+            self.report(ViolationCode::OutOfRange, resource, "sriov.weight", message);
+        }
+        match &sriov.attach {
+            VfAttachment::Netns { path, netdev, bond } => {
+                if path.is_empty() {
+                    let message = "the path of a network namespace is needed";
+                    self.report(ViolationCode::Missing, resource, "sriov.attach.netns.path", message);
+                }
+                self.netdev(resource, "sriov.attach.netns.netdev", netdev, NETDEV_MAX);
+                if let Some(bond) = bond {
+                    self.netdev(resource, "sriov.attach.netns.bond", bond, NETDEV_MAX);
+                }
+            }
+            VfAttachment::External => {}
+            VfAttachment::Qmp { socket, device, .. } => {
+                for (field, text) in [("socket", socket), ("device", device)] {
+                    if text.is_empty() {
+                        let field = format!("sriov.attach.qmp.{field}");
+                        self.report(ViolationCode::Missing, resource, field, "it must not be empty");
+                    }
+                }
+            }
+        }
     }
 
     /// As the kernel's `dev_valid_name`.

@@ -19,6 +19,7 @@ fn base() -> Config {
                 native: None,
                 learn_limit: 16_384,
                 up: true,
+                attest: Vec::new(),
             }),
             internal: Some(Internal { netdev: "host0".into(), mac: None, vlan: VlanMode::Untagged }),
             ageing_seconds: 300,
@@ -39,6 +40,7 @@ fn vnic(name: &str, number: u8) -> Vnic {
         extra_macs: Vec::new(),
         up: true,
         policy: Policy::default(),
+        sriov: None,
     }
 }
 
