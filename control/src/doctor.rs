@@ -35,6 +35,7 @@ pub fn finding(
         detail: detail.into(),
         remedy: remedy.into(),
         children: Vec::new(),
+        code: String::new(),
     }
 }
 
@@ -47,6 +48,7 @@ fn group(title: &str, detail: impl Into<String>, children: Vec<Finding>) -> Find
         detail: detail.into(),
         remedy: String::new(),
         children,
+        code: String::new(),
     }
 }
 
