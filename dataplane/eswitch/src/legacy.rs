@@ -21,13 +21,12 @@
 //! The socket belongs to the network namespace in which [`Legacy::open`] was called, and sysfs must be that one's.
 
 mod codec;
-mod errors;
+pub(crate) mod errors;
 mod filter;
 mod gate;
 mod probe;
-mod quirks;
 mod steps;
-mod sysfs;
+pub(crate) mod sysfs;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -38,9 +37,9 @@ use sluice_policy::placement::{Capabilities, Program, VfSettings};
 
 use crate::contract::{Enforced, Eswitch, EswitchError, Observed, Vf, VfIndex, VfStats};
 use crate::netlink::Connection;
+use crate::quirks::Quirk;
 use codec::{PfReport, Setting, VfReport};
 use gate::Gate;
-use quirks::Quirk;
 use steps::{pristine, steps};
 use sysfs::{Device, Netdev};
 
@@ -82,7 +81,7 @@ impl Legacy {
         Ok(Legacy {
             connection,
             netdev: found.unwrap_or(Netdev { name: netdev.to_owned(), ifindex: 0 }),
-            quirk: device.driver().and_then(|driver| Quirk::of(&driver, &device.identity())),
+            quirk: device.driver().and_then(|driver| Quirk::of(&driver, device.pci_id())),
             device,
             vf_driver: None,
             taken_drivers: BTreeMap::new(),
@@ -151,6 +150,16 @@ impl Legacy {
         }
         self.writes += 1;
         self.device.set_vf_count(count).map_err(sysfs)
+    }
+
+    /// The addresses in the PF's filter that are ours.
+    pub const fn unicast_filter(&self) -> &BTreeSet<MacAddr> {
+        &self.filter
+    }
+
+    /// Whether a VF runs a program of ours, as far as this back-end was told.
+    pub(crate) fn is_programmed(&self, vf: VfIndex) -> bool {
+        self.programmed.contains(&vf)
     }
 
     /// Says which addresses [`sync_unicast_filter`](Eswitch::sync_unicast_filter) put into the PF's filter in a former

@@ -12,7 +12,7 @@
 
 mod actions;
 mod cookie;
-mod devlink;
+pub(crate) mod devlink;
 mod filter;
 mod keys;
 mod layout;
@@ -28,7 +28,7 @@ use sluice_policy::placement::{Capabilities, Evidence, FlowerSupport, Mode, Prog
 
 use crate::contract::{Eswitch, EswitchError, Observed, Vf, VfIndex, VfStats};
 use crate::netlink::{Connection, Refusal};
-use devlink::Devlink;
+use devlink::{Devlink, EswitchMode};
 use representors::Device;
 
 pub use representors::{Representor, Representors};
@@ -68,6 +68,10 @@ impl Switchdev {
     /// # Errors
     /// [`EswitchError::Uncovered`] if the device has no eSwitch; of class gone or broken.
     pub fn mode(&mut self) -> Result<Mode, EswitchError> {
+        self.devlink_mode().map(EswitchMode::mode)
+    }
+
+    fn devlink_mode(&mut self) -> Result<EswitchMode, EswitchError> {
         let device = &self.device;
         self.devlink.mode(&device.handle).map_err(|refused| {
             gone(device, &refused).unwrap_or_else(|| refusal::general("reading the eSwitch's mode", &refused))
@@ -80,13 +84,13 @@ impl Switchdev {
     /// # Errors
     /// Of any class; [`EswitchError::Uncovered`] if the device has no such mode.
     pub fn set_mode(&mut self, mode: Mode) -> Result<(), EswitchError> {
-        if self.mode()? == mode {
+        if self.devlink_mode()? == mode.into() {
             return Ok(());
         }
         self.writes += 1;
         self.support = None;
         self.devlink
-            .set_mode(&self.device.handle, mode)
+            .set_mode(&self.device.handle, mode.into())
             .map_err(|refused| refusal::general("setting the eSwitch's mode", &refused))
     }
 

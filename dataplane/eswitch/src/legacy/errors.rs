@@ -9,7 +9,7 @@ use crate::contract::EswitchError;
 use crate::netlink::Refusal;
 
 /// What refusing a setting means. `what` is the setting, as `ip link` calls it.
-pub(super) fn of_setting(feature: Feature, what: &str, refusal: &Refusal) -> EswitchError {
+pub(crate) fn of_setting(feature: Feature, what: &str, refusal: &Refusal) -> EswitchError {
     let detail = format!("{what}: {refusal}");
     match Errno::from_raw(refusal.errno()) {
         // Drivers answer all of these to a knob or a value that they do not have.
@@ -21,7 +21,7 @@ pub(super) fn of_setting(feature: Feature, what: &str, refusal: &Refusal) -> Esw
 }
 
 /// What refusing an address in the PF's filter means.
-pub(super) fn of_filter(what: &str, refusal: &Refusal) -> EswitchError {
+pub(crate) fn of_filter(what: &str, refusal: &Refusal) -> EswitchError {
     let detail = format!("{what}: {refusal}");
     match Errno::from_raw(refusal.errno()) {
         // igb says ENOMEM when its last register is taken.
@@ -31,12 +31,28 @@ pub(super) fn of_filter(what: &str, refusal: &Refusal) -> EswitchError {
 }
 
 /// What refusing a question means.
-pub(super) fn of_request(what: &str, refusal: &Refusal) -> EswitchError {
+pub(crate) fn of_request(what: &str, refusal: &Refusal) -> EswitchError {
     general(what.to_owned(), refusal.errno(), refusal.to_string())
 }
 
+/// What refusing a mode of the eSwitch means, for a device that is there or not.
+pub(crate) fn of_mode(refusal: &Refusal, is_there: bool) -> EswitchError {
+    let detail = format!("the eSwitch's mode: {refusal}");
+    match Errno::from_raw(refusal.errno()) {
+        Errno::ENODEV if is_there => EswitchError::Uncovered {
+            feature: Feature::Offload,
+            detail: "the device is not in devlink, and has no mode but legacy".into(),
+        },
+        // Drivers' answers to a mode that they do not have, and the kernel's to one that it does not know.
+        Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ERANGE => {
+            EswitchError::Uncovered { feature: Feature::Offload, detail }
+        }
+        _ => general("setting the eSwitch's mode".to_owned(), refusal.errno(), detail),
+    }
+}
+
 /// What a failure in sysfs means.
-pub(super) fn of_sysfs(what: &str, error: &io::Error) -> EswitchError {
+pub(crate) fn of_sysfs(what: &str, error: &io::Error) -> EswitchError {
     general(what.to_owned(), error.raw_os_error().unwrap_or(0), format!("{what}: {error}"))
 }
 

@@ -1,7 +1,7 @@
 //! What a PF driver can be told, found out by telling it: each knob is turned on an idle VF, read back and turned back.
 //!
 //! Nothing is sent here; whether the NIC enforces what it takes is the matter of `sluice probe`, of the operator's word,
-//! and of the [quirk table](super::quirks).
+//! and of the quirk table (`quirks.rs`).
 
 use sluice_policy::net::VlanId;
 use sluice_policy::placement::{Capabilities, Evidence, Mode, PortVlan, VlanProtocol};

@@ -4,90 +4,117 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::contract::{Vf, VfIndex};
+use crate::nic::PciId;
 
 /// Where sysfs is, outside of tests.
-pub(super) const SYSFS: &str = "/sys";
+pub(crate) const SYSFS: &str = "/sys";
 
 /// An interface of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Netdev {
-    pub(super) name: String,
-    pub(super) ifindex: u32,
+pub(crate) struct Netdev {
+    pub(crate) name: String,
+    pub(crate) ifindex: u32,
 }
 
 /// The device behind a PF: its folder below `/sys/devices`.
 #[derive(Clone, Debug)]
-pub(super) struct Device {
+pub(crate) struct Device {
     sysfs: PathBuf,
     path: PathBuf,
 }
 
 impl Device {
     /// The device of an interface.
-    pub(super) fn of(sysfs: &Path, netdev: &str) -> io::Result<Device> {
+    pub(crate) fn of(sysfs: &Path, netdev: &str) -> io::Result<Device> {
         let path = fs::canonicalize(sysfs.join("class/net").join(netdev).join("device"))?;
         Ok(Device { sysfs: sysfs.to_owned(), path })
     }
 
     /// Its name on its bus, such as a PCI address.
-    pub(super) fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         file_name(&self.path)
     }
 
     /// Whether it is a PCI function, whose VFs can be bound to drivers.
-    pub(super) fn is_pci(&self) -> bool {
-        fs::canonicalize(self.path.join("subsystem")).is_ok_and(|bus| file_name(&bus) == "pci")
+    pub(crate) fn is_pci(&self) -> bool {
+        self.bus() == "pci"
     }
 
     /// Its interfaces in this network namespace, by index.
-    pub(super) fn netdevs(&self) -> Vec<Netdev> {
+    pub(crate) fn netdevs(&self) -> Vec<Netdev> {
         netdevs(&self.path)
     }
 
     /// How many VFs there are.
-    pub(super) fn vf_count(&self) -> io::Result<u16> {
+    pub(crate) fn vf_count(&self) -> io::Result<u16> {
         number(&self.path.join("sriov_numvfs"))
     }
 
     /// How many there can be; `None` if the bus does not say.
-    pub(super) fn vf_limit(&self) -> Option<u16> {
+    pub(crate) fn vf_limit(&self) -> Option<u16> {
         number(&self.path.join("sriov_totalvfs")).ok()
     }
 
     /// Makes or removes VFs.
-    pub(super) fn set_vf_count(&self, count: u16) -> io::Result<()> {
+    pub(crate) fn set_vf_count(&self, count: u16) -> io::Result<()> {
         fs::write(self.path.join("sriov_numvfs"), count.to_string())
     }
 
     /// Whether new VFs get a driver at once.
-    pub(super) fn autoprobe(&self) -> bool {
+    pub(crate) fn autoprobe(&self) -> bool {
         text(&self.path.join("sriov_drivers_autoprobe")).is_none_or(|text| text != "0")
     }
 
     /// Has new VFs get a driver at once, or not.
-    pub(super) fn set_autoprobe(&self, on: bool) -> io::Result<()> {
+    pub(crate) fn set_autoprobe(&self, on: bool) -> io::Result<()> {
         fs::write(self.path.join("sriov_drivers_autoprobe"), if on { "1" } else { "0" })
     }
 
     /// The driver of the PF.
-    pub(super) fn driver(&self) -> Option<String> {
+    pub(crate) fn driver(&self) -> Option<String> {
         driver(&self.path)
     }
 
-    /// Vendor, device and the subsystem's two, as in `lspci -nn`: `8086:10c9 1af4:1100`.
-    pub(super) fn identity(&self) -> String {
-        let id = |name: &str| {
-            let text = text(&self.path.join(name)).unwrap_or_default();
-            text.trim_start_matches("0x").to_owned()
-        };
-        format!("{}:{} {}:{}", id("vendor"), id("device"), id("subsystem_vendor"), id("subsystem_device"))
+    /// What PCI says that it is, if it is a PCI function.
+    pub(crate) fn pci_id(&self) -> Option<PciId> {
+        let id =
+            |name: &str| u16::from_str_radix(text(&self.path.join(name))?.trim_start_matches("0x"), 16).ok();
+        Some(PciId {
+            vendor: id("vendor")?,
+            device: id("device")?,
+            subsystem_vendor: id("subsystem_vendor")?,
+            subsystem_device: id("subsystem_device")?,
+        })
+    }
+
+    /// Its bus, such as `pci`.
+    pub(crate) fn bus(&self) -> String {
+        fs::canonicalize(self.path.join("subsystem")).map(|bus| file_name(&bus)).unwrap_or_default()
+    }
+
+    /// What tells it from one that is plugged into its place later: sysfs gives each a number of its own. `None` if it is
+    /// gone.
+    pub(crate) fn node(&self) -> Option<u64> {
+        fs::metadata(&self.path).ok().map(|folder| folder.ino())
+    }
+
+    /// The same of its first VF; all come and go together.
+    pub(crate) fn vf_node(&self) -> Option<u64> {
+        fs::metadata(self.path.join("virtfn0")).ok().map(|folder| folder.ino())
+    }
+
+    /// Whether an interface stands for a VF's port of the eSwitch, which has the same device behind it.
+    pub(crate) fn is_representor(&self, netdev: &Netdev) -> bool {
+        let name = text(&self.path.join("net").join(&netdev.name).join("phys_port_name"));
+        name.is_some_and(|name| name.contains("vf") || name.contains("sf"))
     }
 
     /// A VF, as far as sysfs knows it.
-    pub(super) fn vf(&self, index: VfIndex) -> Vf {
+    pub(crate) fn vf(&self, index: VfIndex) -> Vf {
         let Some(path) = self.vf_path(index) else {
             return Vf { index, pci: None, netdev: None, driver: None };
         };
@@ -100,14 +127,14 @@ impl Device {
     }
 
     /// The address of the VF's interface, if it is in this network namespace.
-    pub(super) fn vf_address(&self, index: VfIndex) -> Option<String> {
+    pub(crate) fn vf_address(&self, index: VfIndex) -> Option<String> {
         let path = self.vf_path(index)?;
         let netdev = netdevs(&path).into_iter().next()?;
         text(&path.join("net").join(netdev.name).join("address"))
     }
 
     /// Whether the VF's interface is in this network namespace and administratively down.
-    pub(super) fn vf_is_down(&self, index: VfIndex) -> bool {
+    pub(crate) fn vf_is_down(&self, index: VfIndex) -> bool {
         let flags = || {
             let path = self.vf_path(index)?;
             let netdev = netdevs(&path).into_iter().next()?;
@@ -118,20 +145,20 @@ impl Device {
     }
 
     /// Opens the VF's VFIO group for a moment, which the kernel allows only while nobody else has it open.
-    pub(super) fn try_vfio_group(&self, index: VfIndex) -> io::Result<()> {
+    pub(crate) fn try_vfio_group(&self, index: VfIndex) -> io::Result<()> {
         let path = self.vf_path(index).ok_or(io::ErrorKind::NotFound)?;
         let group = file_name(&fs::canonicalize(path.join("iommu_group"))?);
         fs::OpenOptions::new().read(true).write(true).open(Path::new("/dev/vfio").join(group)).map(drop)
     }
 
     /// Takes the driver from a VF.
-    pub(super) fn unbind(&self, index: VfIndex) -> io::Result<()> {
+    pub(crate) fn unbind(&self, index: VfIndex) -> io::Result<()> {
         let path = self.vf_path(index).ok_or(io::ErrorKind::NotFound)?;
         fs::write(path.join("driver/unbind"), file_name(&path))
     }
 
     /// Has the kernel bind a driver to a VF: this one, or else the one that suits. Says nothing about success.
-    pub(super) fn bind(&self, index: VfIndex, driver: Option<&str>) -> io::Result<()> {
+    pub(crate) fn bind(&self, index: VfIndex, driver: Option<&str>) -> io::Result<()> {
         let path = self.vf_path(index).ok_or(io::ErrorKind::NotFound)?;
         let overriding = path.join("driver_override");
         if let Some(driver) = driver {
@@ -225,7 +252,7 @@ mod tests {
         assert_eq!((device.vf_count().ok(), device.vf_limit(), device.autoprobe()), (Some(2), Some(7), true));
         assert_eq!(device.netdevs(), [Netdev { name: "pf0".into(), ifindex: 4 }]);
         assert!(device.is_pci());
-        assert_eq!(device.identity(), "8086:10c9 1af4:1100");
+        assert_eq!(device.pci_id().map(|id| id.to_string()).as_deref(), Some("8086:10c9 1af4:1100"));
         let first = Vf {
             index: VfIndex(0),
             pci: Some("01:10.0".into()),

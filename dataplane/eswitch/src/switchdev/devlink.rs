@@ -28,33 +28,69 @@ const HEADER: usize = 4;
 
 /// Name of a device: its bus and its address there.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Handle {
-    pub(super) bus: String,
-    pub(super) device: String,
+pub(crate) struct Handle {
+    pub(crate) bus: String,
+    pub(crate) device: String,
+}
+
+/// The mode of an eSwitch as devlink has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum EswitchMode {
+    Legacy,
+    Switchdev,
+    /// Switchdev, with all traffic held; from kernel 6.19, where the driver has it.
+    Held,
+}
+
+impl EswitchMode {
+    const fn number(self) -> u16 {
+        match self {
+            EswitchMode::Legacy => 0,
+            EswitchMode::Switchdev => 1,
+            EswitchMode::Held => 2,
+        }
+    }
+
+    /// The mode for whoever asks what is programmed.
+    pub(crate) const fn mode(self) -> Mode {
+        match self {
+            EswitchMode::Legacy => Mode::Legacy,
+            EswitchMode::Switchdev | EswitchMode::Held => Mode::Switchdev,
+        }
+    }
+}
+
+impl From<Mode> for EswitchMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Legacy => EswitchMode::Legacy,
+            Mode::Switchdev => EswitchMode::Switchdev,
+        }
+    }
 }
 
 /// What a port of the eSwitch is to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Flavour {
+pub(crate) enum Flavour {
     Uplink,
     Vf { pf: u16, vf: u16 },
 }
 
 /// A port of the eSwitch that has an interface here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct DevlinkPort {
-    pub(super) ifindex: u32,
-    pub(super) flavour: Flavour,
+pub(crate) struct DevlinkPort {
+    pub(crate) ifindex: u32,
+    pub(crate) flavour: Flavour,
 }
 
 /// A connection to devlink.
-pub(super) struct Devlink {
+pub(crate) struct Devlink {
     connection: Connection,
     family: u16,
 }
 
 impl Devlink {
-    pub(super) fn open() -> Result<Devlink, Refusal> {
+    pub(crate) fn open() -> Result<Devlink, Refusal> {
         let mut connection = Connection::open(netlink_sys::protocols::NETLINK_GENERIC)?;
         let question = Attributes::after(&[GET_FAMILY, 1, 0, 0]).text(FAMILY_NAME, "devlink").into_bytes();
         let answers = connection.request(CONTROLLER, &question, 0)?;
@@ -65,11 +101,12 @@ impl Devlink {
     }
 
     /// The mode; a device without an eSwitch refuses.
-    pub(super) fn mode(&mut self, handle: &Handle) -> Result<Mode, Refusal> {
+    pub(crate) fn mode(&mut self, handle: &Handle) -> Result<EswitchMode, Refusal> {
         let answers = self.connection.request(self.family, &about(ESWITCH_GET, handle).into_bytes(), 0)?;
         match answers.iter().find_map(|answer| body(answer).u16(ESWITCH_MODE)) {
-            Some(0) => Ok(Mode::Legacy),
-            Some(1) => Ok(Mode::Switchdev),
+            Some(0) => Ok(EswitchMode::Legacy),
+            Some(1) => Ok(EswitchMode::Switchdev),
+            Some(2) => Ok(EswitchMode::Held),
             other => {
                 Err(std::io::Error::other(format!("the eSwitch is in a mode not known, {other:?}")).into())
             }
@@ -77,12 +114,12 @@ impl Devlink {
     }
 
     /// Changes the mode. Drivers differ in whether VFs may exist then.
-    pub(super) fn set_mode(&mut self, handle: &Handle, mode: Mode) -> Result<(), Refusal> {
+    pub(crate) fn set_mode(&mut self, handle: &Handle, mode: EswitchMode) -> Result<(), Refusal> {
         self.connection.request(self.family, &mode_request(handle, mode), 0).map(drop)
     }
 
     /// The eSwitch's ports that have interfaces and are uplinks or of VFs.
-    pub(super) fn ports(&mut self, handle: &Handle) -> Result<Vec<DevlinkPort>, Refusal> {
+    pub(crate) fn ports(&mut self, handle: &Handle) -> Result<Vec<DevlinkPort>, Refusal> {
         let answers = self.connection.dump(self.family, &[PORT_GET, 1, 0, 0])?;
         Ok(answers.iter().filter_map(|answer| port(&body(answer), handle)).collect())
     }
@@ -96,12 +133,8 @@ fn about(command: u8, handle: &Handle) -> Attributes {
     Attributes::after(&[command, 1, 0, 0]).text(BUS_NAME, &handle.bus).text(DEV_NAME, &handle.device)
 }
 
-fn mode_request(handle: &Handle, mode: Mode) -> Vec<u8> {
-    let number: u16 = match mode {
-        Mode::Legacy => 0,
-        Mode::Switchdev => 1,
-    };
-    about(ESWITCH_SET, handle).put(ESWITCH_MODE, &number.to_ne_bytes()).into_bytes()
+fn mode_request(handle: &Handle, mode: EswitchMode) -> Vec<u8> {
+    about(ESWITCH_SET, handle).put(ESWITCH_MODE, &mode.number().to_ne_bytes()).into_bytes()
 }
 
 fn port(attributes: &Read<'_>, handle: &Handle) -> Option<DevlinkPort> {
@@ -133,7 +166,7 @@ mod tests {
             &[6, 0, 25, 0, 1, 0, 0, 0],
         ]
         .concat();
-        assert_eq!(mode_request(&handle(), Mode::Switchdev), golden);
+        assert_eq!(mode_request(&handle(), EswitchMode::Switchdev), golden);
     }
 
     #[test]

@@ -2,17 +2,28 @@
 
 use sluice_policy::placement::{Capabilities, Evidence};
 
+use crate::nic::PciId;
+
+/// What VFs must be when an eSwitch is put into switchdev mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ModeOrder {
+    /// There are none: the mode first, then `sriov_numvfs`. Every driver that knows the mode at all takes this today.
+    WithoutVfs,
+    /// They exist: `sriov_numvfs` first, then the mode.
+    WithVfs,
+}
+
 /// What to know about a NIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Quirk {
+pub(crate) struct Quirk {
     /// The PF's driver.
     driver: &'static str,
-    /// The NIC, as [`super::sysfs::Device::identity`] has it, if only this one is meant: a model in firmware or in an
-    /// emulator. There is no better key on Linux than the subsystem's, since old drivers tell their firmware's version
-    /// only to an ioctl.
-    identity: Option<&'static str>,
+    /// The NIC, if only this one is meant: a card, or a model in an emulator.
+    pci: Option<PciId>,
     /// The driver of its VFs, for when the kernel must be told which to bind.
     vf_driver: &'static str,
+    /// What comes first, VFs or mode.
+    mode_order: ModeOrder,
     /// It takes `spoofchk` and lets other source addresses pass.
     ignores_spoofchk: bool,
     /// It takes rates and does not limit.
@@ -26,8 +37,14 @@ const QUIRKS: &[Quirk] = &[
     // QEMU's igb model (FACTS: measured with QEMU 10.0).
     Quirk {
         driver: "igb",
-        identity: Some("8086:10c9 1af4:1100"),
+        pci: Some(PciId {
+            vendor: 0x8086,
+            device: 0x10c9,
+            subsystem_vendor: 0x1af4,
+            subsystem_device: 0x1100,
+        }),
         vf_driver: "igbvf",
+        mode_order: ModeOrder::WithoutVfs,
         ignores_spoofchk: true,
         ignores_rates: true,
         passes_guest_tags: true,
@@ -37,14 +54,16 @@ const QUIRKS: &[Quirk] = &[
     plain("i40e", "iavf"),
     plain("ice", "iavf"),
     plain("mlx5_core", "mlx5_core"),
-    plain("bnxt_en", "bnxt_en"),
+    // It refuses switchdev mode without VFs (up to kernel 6.3, and older firmware's VF representors after that).
+    Quirk { mode_order: ModeOrder::WithVfs, ..plain("bnxt_en", "bnxt_en") },
 ];
 
 const fn plain(driver: &'static str, vf_driver: &'static str) -> Quirk {
     Quirk {
         driver,
-        identity: None,
+        pci: None,
         vf_driver,
+        mode_order: ModeOrder::WithoutVfs,
         ignores_spoofchk: false,
         ignores_rates: false,
         passes_guest_tags: false,
@@ -53,19 +72,23 @@ const fn plain(driver: &'static str, vf_driver: &'static str) -> Quirk {
 
 impl Quirk {
     /// What is known about a NIC.
-    pub(super) fn of(driver: &str, identity: &str) -> Option<&'static Quirk> {
-        let fits =
-            |quirk: &&Quirk| quirk.driver == driver && quirk.identity.is_none_or(|wanted| wanted == identity);
+    pub(crate) fn of(driver: &str, pci: Option<PciId>) -> Option<&'static Quirk> {
+        let fits = |quirk: &&Quirk| quirk.driver == driver && (quirk.pci.is_none() || quirk.pci == pci);
         QUIRKS.iter().find(fits)
     }
 
     /// The driver of its VFs.
-    pub(super) const fn vf_driver(&self) -> &'static str {
+    pub(crate) const fn vf_driver(&self) -> &'static str {
         self.vf_driver
     }
 
+    /// What comes first when the mode changes.
+    pub(crate) const fn mode_order(&self) -> ModeOrder {
+        self.mode_order
+    }
+
     /// Takes from what the NIC says about itself what is known to be untrue.
-    pub(super) fn correct(&self, capabilities: &mut Capabilities) {
+    pub(crate) fn correct(&self, capabilities: &mut Capabilities) {
         if self.ignores_spoofchk {
             capabilities.mac_guard = capabilities.mac_guard.probed(false);
         }
@@ -91,26 +114,31 @@ mod tests {
             untagged_only: Evidence::Assumed,
             ..Capabilities::default()
         };
-        let corrected = |identity| {
+        let emulator =
+            PciId { vendor: 0x8086, device: 0x10c9, subsystem_vendor: 0x1af4, subsystem_device: 0x1100 };
+        let corrected = |pci| {
             let mut capabilities = told();
-            Quirk::of("igb", identity).expect("igb is known").correct(&mut capabilities);
+            Quirk::of("igb", Some(pci)).expect("igb is known").correct(&mut capabilities);
             capabilities
         };
-        let emulated = corrected("8086:10c9 1af4:1100");
+        let emulated = corrected(emulator);
         assert_eq!(emulated.mac_guard, Evidence::Refuted);
         assert_eq!(emulated.rate_max, Evidence::Refuted);
         assert_eq!(emulated.rate_min, Evidence::Missing, "what is not offered stays so");
         assert_eq!(emulated.untagged_only, Evidence::Refuted);
-        assert_eq!(corrected("8086:10c9 8086:a03c"), told());
-        assert_eq!(Quirk::of("e1000", ""), None);
+        assert_eq!(
+            corrected(PciId { subsystem_vendor: 0x8086, subsystem_device: 0xa03c, ..emulator }),
+            told()
+        );
+        assert_eq!(Quirk::of("e1000", None), None);
     }
 
     #[test]
     fn particular_nics_come_before_their_drivers() {
         for (index, quirk) in QUIRKS.iter().enumerate() {
-            let shadows = QUIRKS[..index].iter().any(|other| {
-                other.driver == quirk.driver && (other.identity.is_none() || other.identity == quirk.identity)
-            });
+            let shadows = QUIRKS[..index]
+                .iter()
+                .any(|other| other.driver == quirk.driver && (other.pci.is_none() || other.pci == quirk.pci));
             assert!(!shadows, "{quirk:?} is never found");
         }
     }
