@@ -7,7 +7,7 @@
 //!
 //! All calls block, and come from one thread; a `Nic` may be made in one thread and used in another.
 
-mod firmware;
+pub(crate) mod firmware;
 mod host;
 mod identity;
 mod soft;

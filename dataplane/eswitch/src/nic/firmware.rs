@@ -25,7 +25,7 @@ struct DriverInfo {
 const _: () = assert!(size_of::<DriverInfo>() == 196, "as long as the kernel's, or it writes behind ours");
 
 /// What the driver of the interface says; empty if it does not.
-pub(super) fn version(netdev: &str) -> String {
+pub(crate) fn version(netdev: &str) -> String {
     ask(netdev).unwrap_or_default()
 }
 
