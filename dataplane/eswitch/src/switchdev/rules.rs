@@ -237,8 +237,8 @@ impl Rules {
     ) -> Result<Counters, EswitchError> {
         let mut counters = Counters::default();
         let mut over_rate = 0;
-        for Held { filter, rule } in self.held(ports, vf)? {
-            let Some(rule) = rule.filter(|rule| rule.port == port) else { continue };
+        for Held { filter, rule } in self.held_on(ports, vf, port)? {
+            let Some(rule) = rule else { continue };
             let (frames, dropped) = filter.frames();
             over_rate = over_rate.max(dropped);
             match rule.actions.last() {
@@ -280,18 +280,23 @@ impl Rules {
 
     /// Our filters of a VF, on both representors. Those that are not as we write them have no rule.
     fn held(&mut self, ports: &Representors, vf: VfIndex) -> Result<Vec<Held>, EswitchError> {
-        let mut found = Vec::new();
-        for port in [RulePort::Own, RulePort::Uplink] {
-            // A VF that is gone may still have rules on the uplink.
-            let Some(ifindex) = ifindex(ports, vf, port) else { continue };
-            let scope = scope(ports, vf, port, 0);
-            for filter in self.list(ifindex)? {
-                if filter.cookie.is_some_and(|cookie| cookie.vf == vf) {
-                    found.push(Held { rule: filter.rule(port, &scope), filter });
-                }
-            }
-        }
+        let mut found = self.held_on(ports, vf, RulePort::Own)?;
+        found.extend(self.held_on(ports, vf, RulePort::Uplink)?);
         Ok(found)
+    }
+
+    fn held_on(
+        &mut self,
+        ports: &Representors,
+        vf: VfIndex,
+        port: RulePort,
+    ) -> Result<Vec<Held>, EswitchError> {
+        // A VF that is gone may still have rules on the uplink.
+        let Some(ifindex) = ifindex(ports, vf, port) else { return Ok(Vec::new()) };
+        let scope = scope(ports, vf, port, 0);
+        let filters = self.list(ifindex)?.into_iter();
+        let ours = filters.filter(|filter| filter.cookie.is_some_and(|cookie| cookie.vf == vf));
+        Ok(ours.map(|filter| Held { rule: filter.rule(port, &scope), filter }).collect())
     }
 
     fn list(&mut self, ifindex: u32) -> Result<Vec<Filter>, EswitchError> {
