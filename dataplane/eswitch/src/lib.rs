@@ -17,3 +17,4 @@ mod quirks;
 pub mod soft;
 pub mod survey;
 pub mod switchdev;
+pub mod watch;

@@ -10,6 +10,9 @@ const CONTROLLER: u16 = 0x10;
 const GET_FAMILY: u8 = 3;
 const FAMILY_ID: u16 = 1;
 const FAMILY_NAME: u16 = 2;
+const FAMILY_GROUPS: u16 = 7;
+const GROUP_NAME: u16 = 1;
+const GROUP_ID: u16 = 2;
 
 const PORT_GET: u8 = 5;
 const ESWITCH_GET: u8 = 29;
@@ -91,13 +94,25 @@ pub(crate) struct Devlink {
 
 impl Devlink {
     pub(crate) fn open() -> Result<Devlink, Refusal> {
-        let mut connection = Connection::open(netlink_sys::protocols::NETLINK_GENERIC)?;
-        let question = Attributes::after(&[GET_FAMILY, 1, 0, 0]).text(FAMILY_NAME, "devlink").into_bytes();
-        let answers = connection.request(CONTROLLER, &question, 0)?;
+        let (connection, answers) = ask_for_family()?;
         let family = answers.iter().find_map(|answer| body(answer).u16(FAMILY_ID));
         let family =
             family.ok_or_else(|| std::io::Error::other("the kernel does not say devlink's number"))?;
         Ok(Devlink { connection, family })
+    }
+
+    /// The multicast group of devlink's notices.
+    pub(crate) fn notices() -> Result<u32, Refusal> {
+        let (_, answers) = ask_for_family()?;
+        let group = answers.iter().find_map(|answer| {
+            let groups = body(answer).nested(FAMILY_GROUPS);
+            groups
+                .values()
+                .map(Read::new)
+                .find(|group| group.text(GROUP_NAME).as_deref() == Some("config"))?
+                .u32(GROUP_ID)
+        });
+        group.ok_or_else(|| std::io::Error::other("the kernel does not name devlink's notices").into())
     }
 
     /// The mode; a device without an eSwitch refuses.
@@ -123,6 +138,19 @@ impl Devlink {
         let answers = self.connection.dump(self.family, &[PORT_GET, 1, 0, 0])?;
         Ok(answers.iter().filter_map(|answer| port(&body(answer), handle)).collect())
     }
+}
+
+fn ask_for_family() -> Result<(Connection, Vec<Raw>), Refusal> {
+    let mut connection = Connection::open(netlink_sys::protocols::NETLINK_GENERIC)?;
+    let question = Attributes::after(&[GET_FAMILY, 1, 0, 0]).text(FAMILY_NAME, "devlink").into_bytes();
+    let answers = connection.request(CONTROLLER, &question, 0)?;
+    Ok((connection, answers))
+}
+
+/// The device that a message of devlink is about.
+pub(crate) fn handle_in(payload: &[u8]) -> Option<Handle> {
+    let attributes = Read::new(payload.get(HEADER..)?);
+    Some(Handle { bus: attributes.text(BUS_NAME)?, device: attributes.text(DEV_NAME)? })
 }
 
 fn body(message: &Raw) -> Read<'_> {
