@@ -6,4 +6,6 @@
 
 #![deny(unsafe_code)]
 
+pub mod frame;
+pub mod port;
 pub mod vhost;

@@ -1,0 +1,133 @@
+//! What the engine asks of a port: a way in and a way out, each served by one thread at a time.
+//!
+//! A port has one or more queues. Each [`Receive`] is owned by the worker that it is placed on. Each [`Transmit`] is
+//! behind a lock of its own, taken once per batch, since frames for a port may come from any worker.
+//!
+//! Who implements it: memory ports, `vhost`, `xdp`. A port never panics on what its other end does, and
+//! never blocks.
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+
+use crate::frame::{Frame, Pool};
+
+/// Most frames of a batch.
+pub const BATCH: usize = 32;
+
+/// Frames on their way together, in order.
+#[derive(Debug)]
+pub struct Batch {
+    frames: Vec<Frame>,
+}
+
+impl Batch {
+    /// An empty batch.
+    pub fn new() -> Batch {
+        Batch { frames: Vec::with_capacity(BATCH) }
+    }
+
+    /// How many frames still fit.
+    #[inline]
+    pub fn room(&self) -> usize {
+        BATCH.saturating_sub(self.frames.len())
+    }
+
+    /// How many there are.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.frames.len()
+    }
+
+    /// Whether there are none.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.frames.is_empty()
+    }
+
+    /// Appends a frame. A full batch grows: callers look at [`room`](Self::room) first.
+    #[inline]
+    pub fn push(&mut self, frame: Frame) {
+        self.frames.push(frame);
+    }
+
+    /// The frames.
+    #[inline]
+    pub fn frames(&self) -> &[Frame] {
+        &self.frames
+    }
+
+    /// The frames, to be changed.
+    #[inline]
+    pub fn frames_mut(&mut self) -> &mut [Frame] {
+        &mut self.frames
+    }
+
+    /// Takes all frames out, in order.
+    #[inline]
+    pub fn drain(&mut self) -> std::vec::Drain<'_, Frame> {
+        self.frames.drain(..)
+    }
+
+    /// Gives all frames back to a pool.
+    pub fn give(&mut self, pool: &mut Pool) {
+        for frame in self.frames.drain(..) {
+            pool.give(frame);
+        }
+    }
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Batch::new()
+    }
+}
+
+/// What a port takes beyond plain frames. The engine does in software what it does not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Accepts {
+    /// Frames with a partial checksum.
+    pub checksum: bool,
+    /// Super-frames of TCP over IPv4.
+    pub tcp_v4: bool,
+    /// Super-frames of TCP over IPv6.
+    pub tcp_v6: bool,
+    /// Super-frames of UDP.
+    pub udp: bool,
+    /// Super-frames whose ECN bits need care.
+    pub ecn: bool,
+}
+
+impl Accepts {
+    /// Everything.
+    pub const ALL: Accepts = Accepts { checksum: true, tcp_v4: true, tcp_v6: true, udp: true, ecn: true };
+}
+
+/// The way in: a queue that one worker reads.
+pub trait Receive: Send + fmt::Debug {
+    /// Appends what has arrived, as much as there is [room](Batch::room) for, in order; with offloads
+    /// [checked](Frame::set_offload). Without chunks in the pool, frames stay where they are.
+    fn receive(&mut self, pool: &mut Pool, batch: &mut Batch);
+
+    /// What becomes readable when something arrives, once [armed](Self::arm); `None` if it must be polled. It does not
+    /// change while the queue is placed on a worker.
+    fn event(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Before the worker sleeps: asks to be notified. `false` if something has arrived already, and the worker goes on.
+    fn arm(&mut self) -> bool;
+
+    /// After the worker has slept: no notifications, please. Consumes those that came.
+    fn disarm(&mut self);
+}
+
+/// The way out: a queue that workers write, one at a time.
+pub trait Transmit: Send + fmt::Debug {
+    /// Takes all frames of the batch, in order, and leaves it empty. Answers how many were sent; the others are given back to
+    /// the pool, as are those whose bytes were copied. Every frame is as [`accepts`](Self::accepts) said.
+    fn transmit(&mut self, pool: &mut Pool, batch: &mut Batch) -> usize;
+
+    /// What it takes beyond plain frames, now: it may change while running, as guests negotiate.
+    fn accepts(&self) -> Accepts;
+
+    /// After a worker's last batch of a round: notifies the other end of all that has been sent, if it wants to know.
+    fn flush(&mut self) {}
+}
