@@ -1,9 +1,10 @@
-//! The examination behind `sluice doctor`: the host, the daemon's files, every port, and what happened lately, as a
-//! tree with remedies.
+//! The examination behind `sluice doctor`: the host, the daemon's files, every port, VFs of uplinks, and what happened
+//! lately, as a tree with remedies.
 //!
 //! [`host`] needs no daemon, so that the command line can say something useful when there is none.
 
 mod host;
+pub mod sriov;
 
 use std::path::Path;
 
@@ -54,7 +55,7 @@ fn group(title: &str, detail: impl Into<String>, children: Vec<Finding>) -> Find
 
 /// Examines everything. Runs in the reconciler's thread.
 pub fn examine(core: &Core, identity: &Identity) -> Vec<Finding> {
-    vec![
+    let mut findings = vec![
         group("host", "", host(Some(&identity.pin_dir))),
         group(
             "daemon",
@@ -62,9 +63,11 @@ pub fn examine(core: &Core, identity: &Identity) -> Vec<Finding> {
             daemon(core, identity),
         ),
         ports(core),
-        recent(core),
-        audit(core),
-    ]
+    ];
+    findings.extend(sriov::uplinks(&core.view().borrow()));
+    findings.push(recent(core));
+    findings.push(audit(core));
+    findings
 }
 
 fn daemon(core: &Core, identity: &Identity) -> Vec<Finding> {

@@ -1,5 +1,6 @@
 //! Reading files that may be missing, forbidden, garbled, or gone the next moment: each reading says which.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
@@ -31,6 +32,18 @@ pub enum Why {
     NotTold,
     /// It was not asked: files alone do not tell it.
     NotAsked,
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Why::Denied => f.write_str("this process may not read it"),
+            Why::Garbled(text) => write!(f, "it reads `{}`", text.escape_debug()),
+            Why::Failed(number) => write!(f, "reading it failed: {}", Errno::from_raw(*number).desc()),
+            Why::NotTold => f.write_str("nothing on this machine tells it"),
+            Why::NotAsked => f.write_str("it was not asked for"),
+        }
+    }
 }
 
 /// How much of a file of one value is read, in bytes.
