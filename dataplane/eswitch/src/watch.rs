@@ -8,13 +8,14 @@
 //! | happens | seen by |
 //! |---|---|
 //! | PF or representor up, down, renamed, new, gone; carrier | link notices |
+//! | settings of VFs (`ip link set PF vf N …`), while the PF is up | link notices, of the PF |
 //! | filters and qdiscs added and removed | traffic control notices |
 //! | an address put into or taken from the PF's unicast filter | neighbour notices |
-//! | mode of the eSwitch, ports of it | devlink's notices of ports that come and go |
+//! | mode of the eSwitch, if there are VFs | devlink's notices of ports that come and go |
 //! | PFs and VFs that come and go, drivers bound and unbound, `sriov_numvfs` | uevents |
 //!
-//! A changed VF setting (`ip link set PF vf N …`) is told by no kernel that we tried, so the periodic read has to find
-//! it; see [`GAPS`].
+//! Told by nobody, as tried with Linux 7.2: settings of VFs while the PF is down, the mode of an eSwitch without VFs, and
+//! what a NIC or its firmware does by itself. The periodic read has to find these.
 //!
 //! A [`Watch`] belongs to the network namespace of the thread that opened it, and one thread waits on it; [`Waker`]s wake
 //! it from others.
@@ -36,9 +37,6 @@ use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 
 use crate::netlink::Refusal;
 use crate::switchdev::devlink::Devlink;
-
-/// What no notice tells, and only reading finds.
-pub const GAPS: &str = "settings of VFs in legacy mode: the kernel gives no notice of them";
 
 /// `RTMGRP_LINK`, `RTMGRP_NEIGH` and `RTMGRP_TC` of linux/rtnetlink.h, as bits.
 const ROUTE_GROUPS: u32 = 1 | 1 << 2 | 1 << 3;

@@ -31,10 +31,10 @@ struct State {
 enum Step {
     /// Write `sriov_numvfs`.
     Vfs(u16),
-    /// Set the mode.
-    Mode(EswitchMode),
-    /// Switchdev mode with traffic held, or where there is no such thing, without.
-    SwitchdevHeld,
+    /// Legacy mode.
+    Legacy,
+    /// Switchdev mode, unless it is; with traffic held, or where there is no such thing, without.
+    Switchdev,
     /// Close all VFs.
     Close,
     /// Let traffic go, where it is held.
@@ -55,22 +55,30 @@ fn plan(order: ModeOrder, from: State, mode: Mode, vfs: u16) -> Vec<Step> {
         }
         *now = count;
     };
-    if from.mode.mode() != mode {
-        match (order, mode) {
-            (ModeOrder::WithoutVfs, _) => set_vfs(&mut steps, &mut now, 0),
-            (ModeOrder::WithVfs, Mode::Switchdev) => set_vfs(&mut steps, &mut now, vfs),
-            (ModeOrder::WithVfs, Mode::Legacy) => {}
+    let is_flip = from.mode.mode() != mode;
+    match (mode, order) {
+        _ if !is_flip && from.vfs == vfs => {}
+        // Some drivers leave the mode with the last VF, so it is seen to even where it was right.
+        (Mode::Switchdev, ModeOrder::WithoutVfs) => {
+            set_vfs(&mut steps, &mut now, 0);
+            steps.push(Step::Switchdev);
         }
-        steps.push(match mode {
-            Mode::Legacy => Step::Mode(EswitchMode::Legacy),
-            Mode::Switchdev => Step::SwitchdevHeld,
-        });
+        (Mode::Switchdev, ModeOrder::WithVfs) => {
+            set_vfs(&mut steps, &mut now, vfs);
+            steps.push(Step::Switchdev);
+        }
+        (Mode::Legacy, _) if !is_flip => {}
+        (Mode::Legacy, ModeOrder::WithoutVfs) => {
+            set_vfs(&mut steps, &mut now, 0);
+            steps.push(Step::Legacy);
+        }
+        (Mode::Legacy, ModeOrder::WithVfs) => steps.push(Step::Legacy),
     }
     set_vfs(&mut steps, &mut now, vfs);
     if !steps.is_empty() && vfs != 0 {
         steps.push(Step::Close);
     }
-    if mode == Mode::Switchdev && (from.mode == EswitchMode::Held || from.mode.mode() != mode) {
+    if mode == Mode::Switchdev && (from.mode == EswitchMode::Held || !steps.is_empty()) {
         steps.push(Step::Release);
     }
     steps
@@ -141,8 +149,9 @@ impl HostNic {
     fn step(&mut self, step: Step) -> Result<(), EswitchError> {
         match step {
             Step::Vfs(count) => self.write_vf_count(count),
-            Step::Mode(mode) => self.write_mode(mode),
-            Step::SwitchdevHeld => match self.write_mode(EswitchMode::Held) {
+            Step::Legacy => self.write_mode(EswitchMode::Legacy),
+            Step::Switchdev if self.state()?.mode.mode() == Mode::Switchdev => Ok(()),
+            Step::Switchdev => match self.write_mode(EswitchMode::Held) {
                 // Older kernels do not know the mode, and most drivers have not got it.
                 Err(EswitchError::Uncovered { .. }) => self.write_mode(EswitchMode::Switchdev),
                 result => result,
@@ -210,8 +219,9 @@ impl HostNic {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use EswitchMode::{Held, Legacy, Switchdev};
-    use Step::{Close, Release, SwitchdevHeld, Vfs};
+    use EswitchMode::Held;
+    use ModeOrder::{WithVfs, WithoutVfs};
+    use Step::{Close, Legacy, Release, Switchdev, Vfs};
 
     fn steps(order: ModeOrder, from: (EswitchMode, u16), mode: Mode, vfs: u16) -> Vec<Step> {
         plan(order, State { mode: from.0, vfs: from.1 }, mode, vfs)
@@ -219,33 +229,37 @@ mod tests {
 
     #[test]
     fn nothing_is_done_where_nothing_is_to_be_done() {
-        for order in [ModeOrder::WithoutVfs, ModeOrder::WithVfs] {
-            assert_eq!(steps(order, (Legacy, 3), Mode::Legacy, 3), []);
-            assert_eq!(steps(order, (Switchdev, 0), Mode::Switchdev, 0), []);
+        for order in [WithoutVfs, WithVfs] {
+            assert_eq!(steps(order, (EswitchMode::Legacy, 3), Mode::Legacy, 3), []);
+            assert_eq!(steps(order, (EswitchMode::Switchdev, 0), Mode::Switchdev, 0), []);
             assert_eq!(steps(order, (Held, 3), Mode::Switchdev, 3), [Release]);
         }
     }
 
     #[test]
     fn vfs_are_made_before_or_after_the_mode() {
-        let to_switchdev = |order| steps(order, (Legacy, 2), Mode::Switchdev, 3);
-        assert_eq!(to_switchdev(ModeOrder::WithoutVfs), [Vfs(0), SwitchdevHeld, Vfs(3), Close, Release]);
-        assert_eq!(to_switchdev(ModeOrder::WithVfs), [Vfs(0), Vfs(3), SwitchdevHeld, Close, Release]);
-        let to_legacy = |order| steps(order, (Switchdev, 3), Mode::Legacy, 3);
-        assert_eq!(to_legacy(ModeOrder::WithoutVfs), [Vfs(0), Step::Mode(Legacy), Vfs(3), Close]);
-        assert_eq!(to_legacy(ModeOrder::WithVfs), [Step::Mode(Legacy), Close]);
+        let to_switchdev = |order| steps(order, (EswitchMode::Legacy, 2), Mode::Switchdev, 3);
+        assert_eq!(to_switchdev(WithoutVfs), [Vfs(0), Switchdev, Vfs(3), Close, Release]);
+        assert_eq!(to_switchdev(WithVfs), [Vfs(0), Vfs(3), Switchdev, Close, Release]);
+        let more = |order| steps(order, (EswitchMode::Switchdev, 2), Mode::Switchdev, 3);
+        assert_eq!(more(WithoutVfs), [Vfs(0), Switchdev, Vfs(3), Close, Release]);
+        assert_eq!(more(WithVfs), [Vfs(0), Vfs(3), Switchdev, Close, Release]);
+        let to_legacy = |order| steps(order, (EswitchMode::Switchdev, 3), Mode::Legacy, 3);
+        assert_eq!(to_legacy(WithoutVfs), [Vfs(0), Legacy, Vfs(3), Close]);
+        assert_eq!(to_legacy(WithVfs), [Legacy, Close]);
+        assert_eq!(steps(WithoutVfs, (EswitchMode::Legacy, 0), Mode::Legacy, 3), [Vfs(3), Close]);
     }
 
     #[test]
     fn traffic_that_is_held_is_let_go_last() {
-        for order in [ModeOrder::WithoutVfs, ModeOrder::WithVfs] {
-            for from in [Legacy, Switchdev, Held] {
+        for order in [WithoutVfs, WithVfs] {
+            for from in [EswitchMode::Legacy, EswitchMode::Switchdev, Held] {
                 for (before, after) in [(0, 0), (0, 2), (2, 0), (2, 2), (2, 5)] {
                     for mode in [Mode::Legacy, Mode::Switchdev] {
                         let steps = steps(order, (from, before), mode, after);
                         assert!(steps.len() <= 6, "{steps:?}");
                         let may_be_held =
-                            mode == Mode::Switchdev && (steps.contains(&SwitchdevHeld) || from == Held);
+                            mode == Mode::Switchdev && (steps.contains(&Switchdev) || from == Held);
                         assert_eq!(steps.last() == Some(&Release), may_be_held, "{steps:?}");
                     }
                 }
