@@ -174,11 +174,15 @@ impl Keys {
             6 | 17 | 132 => {
                 let (src, dst) = (be16(segment, 0)?, be16(segment, 2)?);
                 (self.src_port, self.dst_port) = (src, dst);
-                if self.ip_proto == 6 {
-                    self.tcp_flags = *segment.get(13)?;
+                // The kernel wants a whole header that says so itself.
+                if self.ip_proto == 6 && segment.get(..20)?[12] >= 0x50 {
+                    self.tcp_flags = segment[13];
                 }
             }
-            1 | 58 => (self.icmp_type, self.icmp_code) = (*segment.first()?, *segment.get(1)?),
+            1 | 58 => {
+                let header = segment.get(..8)?;
+                (self.icmp_type, self.icmp_code) = (header[0], header[1]);
+            }
             _ => {}
         }
         Some(())

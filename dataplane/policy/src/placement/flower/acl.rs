@@ -1,7 +1,7 @@
 //! Stage 7: the ACL on what the VM sends, in the order in which its rules win.
 
 use super::build::Builder;
-use super::guards::{IPV4, IPV6, goto, trap_extensions, trap_fragments};
+use super::guards::{IPV4, IPV6, goto, trap_extensions, trap_fragments, trap_short_icmp};
 use super::rule::{FlowerAction, FlowerMatch, VlanMatch};
 use super::{Framing, Stage, Subject};
 use crate::config::{AclAction, AclMatch, AclRule, Direction, Masked};
@@ -40,6 +40,9 @@ pub(super) fn from_vm(subject: &Subject<'_>, framing: Framing, builder: &mut Bui
         if rules.iter().any(|rule| rule.matches.ip_proto.is_some()) {
             trap_extensions(feature, framing, chain, builder);
             trap_fragments(feature, framing, IPV6, chain, builder);
+        }
+        if rules.iter().any(|rule| rule.matches.icmp_type.is_some() && rule.matches.ip_proto != Some(ICMP)) {
+            trap_short_icmp(feature, framing, chain, builder);
         }
         for rule in rules {
             for matches in translate(&rule.matches, framing) {

@@ -101,6 +101,12 @@ pub(super) fn trap_fragments(
     builder.add(feature, chain, matches, goto(SOFTWARE));
 }
 
+/// Traps ICMPv6 messages of less than eight bytes, whose type parsers do not show: it reads as zero, which no message has.
+pub(super) fn trap_short_icmp(feature: Feature, framing: Framing, chain: u32, builder: &mut Builder<'_>) {
+    let matches = FlowerMatch { ip_proto: Some(ICMPV6), icmp_type: Some(0), ..framing.frames(Some(IPV6)) };
+    builder.add(feature, chain, matches, goto(SOFTWARE));
+}
+
 /// IP guard: the sources that are its own pass; what needs a closer look is trapped; the rest is dropped.
 pub(super) fn ip(subject: &Subject<'_>, framing: Framing, builder: &mut Builder<'_>) {
     let (chain, next) = (framing.chain(Stage::IpGuard), framing.chain(Stage::Services));
@@ -159,6 +165,7 @@ pub(super) fn services(subject: &Subject<'_>, framing: Framing, builder: &mut Bu
         }
     }
     if policy.ra_guard {
+        trap_short_icmp(Feature::RaGuard, framing, chain, builder);
         let advertisement =
             FlowerMatch { ip_proto: Some(ICMPV6), icmp_type: Some(134), ..framing.frames(Some(IPV6)) };
         builder.add(Feature::RaGuard, chain, advertisement, drop());
