@@ -7,6 +7,7 @@
 mod change;
 mod counters;
 mod status;
+mod vfs;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -57,6 +58,7 @@ pub struct Core {
     engine: Box<dyn DataPlane>,
     /// Where vNICs' frames go, as far as VFs are concerned.
     backings: Backings,
+    vfs: vfs::Vfs,
     /// What the engine was last told.
     image: Image,
     ports: BTreeMap<String, v1::PortStatus>,
@@ -110,6 +112,7 @@ impl Core {
             config,
             engine,
             backings: Backings::default(),
+            vfs: vfs::Vfs::default(),
             image: Image::default(),
             ports: BTreeMap::new(),
             untouched,
@@ -181,6 +184,7 @@ impl Core {
             }
         };
         self.publish();
+        self.tell_fleet(false);
         done
     }
 
@@ -262,6 +266,7 @@ impl Core {
             }
         }
         self.pass();
+        self.tell_fleet(true);
     }
 
     /// Sees to it that the state file is there and works.
@@ -298,6 +303,7 @@ impl Core {
         if let Err(error) = self.engine.age_fdb() {
             self.events.note(Severity::Error, format!("ageing failed: {error}"));
         }
+        self.tell_fleet(false);
     }
 
     /// Publishes resources and statuses, keeping what did not change.
@@ -305,7 +311,7 @@ impl Core {
         let before = self.view.borrow().clone();
         let mut view = View { revision: self.state.revision, resources: BTreeMap::new() };
         for (key, entry) in &self.state.resources {
-            let resource = status::resource(entry, &self.ports);
+            let resource = status::resource(entry, &self.ports, &self.vfs, &self.config);
             let shared = match before.resources.get(key) {
                 Some(known) if **known == resource => known.clone(),
                 _ => Arc::new(resource),

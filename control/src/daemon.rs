@@ -21,6 +21,7 @@ use crate::engine::KernelEngine;
 use crate::reconcile::{self, Handle, StartError};
 use crate::server::{self, Api, Identity, ServeError, SocketError};
 use crate::store::{Store, StoreError};
+use crate::vf::fleet::Equipment;
 
 pub use paths::{Paths, PathsError};
 pub use privileges::PrivilegeError;
@@ -105,7 +106,8 @@ pub fn run(args: &Args) -> Result<(), DaemonError> {
         privileges::drop_for_thread(Role::Engine)?;
         Ok(Core::new(store, state, origin, Box::new(engine)))
     };
-    let (handle, reconciler) = reconcile::start(make).map_err(|error| match error {
+    let vfs = Equipment::of_host(paths.state_dir.clone(), paths.runtime_dir.clone());
+    let (handle, reconciler) = reconcile::start(make, Some(vfs)).map_err(|error| match error {
         StartError::Make(error) => error,
         StartError::Thread(source) => DaemonError::Io { operation: "starting the reconciler", source },
     })?;

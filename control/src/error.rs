@@ -37,6 +37,9 @@ pub enum Error {
     /// The engine failed. The desired state stands and is tried again.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// VFs: it cannot be done now.
+    #[error("{0}")]
+    Unavailable(String),
     /// The daemon is stopping.
     #[error("the daemon is stopping; try again")]
     Stopping,
@@ -76,6 +79,7 @@ impl Error {
             Error::Lower(LowerError::Unnumbered { .. }) => Code::Internal,
             Error::Store(_) => Code::Internal,
             Error::Engine(EngineError::TableFull { .. }) => Code::ResourceExhausted,
+            Error::Unavailable(_) => Code::FailedPrecondition,
             Error::Engine(_) | Error::Stopping => Code::Unavailable,
         }
     }
@@ -86,7 +90,12 @@ impl Error {
             | Error::Revision(found)
             | Error::StillReferenced(found)
             | Error::NotFound(found) => found,
-            Error::Lower(_) | Error::Kind(_) | Error::Store(_) | Error::Engine(_) | Error::Stopping => &[],
+            Error::Lower(_)
+            | Error::Kind(_)
+            | Error::Store(_)
+            | Error::Engine(_)
+            | Error::Unavailable(_)
+            | Error::Stopping => &[],
         }
     }
 }

@@ -10,10 +10,13 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use sluice_kernel::LinkEvent;
+use sluice_policy::image::Backings;
 use tokio::sync::{oneshot, watch};
 
 use crate::core::{Core, View};
 use crate::error::Error;
+use crate::vf::fleet::Equipment;
+use crate::vf::manager::{Report, SoftwarePath};
 
 /// Quiet time after an interface event before a pass: creating one interface makes several events.
 const DEBOUNCE: Duration = Duration::from_millis(20);
@@ -25,6 +28,8 @@ const AGAIN: Duration = Duration::from_secs(1);
 const FULL_PASS: Duration = Duration::from_secs(10);
 /// Time between sweeps of the FDB.
 const AGEING: Duration = Duration::from_secs(5);
+/// How long a NIC's thread waits for the engine to serve a path.
+const BACKINGS_MAX: Duration = Duration::from_secs(5);
 
 type Job = Box<dyn FnOnce(&mut Core) + Send>;
 
@@ -77,17 +82,22 @@ impl Handle {
 }
 
 /// Starts the thread, and waits for the first pass. `make` runs in it, so that the engine never changes threads; its
-/// error is returned.
+/// error is returned. With `vfs`, VFs are served too.
 ///
 /// # Errors
 /// `make`'s, or that of starting a thread.
 pub fn start<E: Send + 'static>(
     make: impl FnOnce() -> Result<Core, E> + Send + 'static,
+    vfs: Option<Equipment>,
 ) -> Result<(Handle, JoinHandle<()>), StartError<E>> {
     let (sender, receiver) = channel();
     let (ready, started) = channel();
+    let to_core = sender.clone();
     let thread = thread::Builder::new().name("reconciler".to_owned()).spawn(move || match make() {
         Ok(mut core) => {
+            if let Some(equipment) = vfs {
+                core.serve_vfs(equipment, move || Box::new(ToCore { sender: to_core.clone() }));
+            }
             // Whoever asks first shall hear what is, not that nobody has looked yet.
             core.full_pass();
             // The starter waits for exactly this.
@@ -102,6 +112,31 @@ pub fn start<E: Send + 'static>(
         Ok(Ok(view)) => Ok((Handle { sender, view }, thread)),
         Ok(Err(error)) => Err(StartError::Make(error)),
         Err(_) => Err(StartError::Thread(std::io::Error::other("the reconciler panicked at start"))),
+    }
+}
+
+/// How the NICs' threads reach the core.
+struct ToCore {
+    sender: Sender<Message>,
+}
+
+impl SoftwarePath for ToCore {
+    fn set(&mut self, switch: &str, backings: Backings) -> Result<(), String> {
+        let (answer, answered) = channel();
+        let switch = switch.to_owned();
+        let job: Job = Box::new(move |core| {
+            // A thread that no longer waits has been told why.
+            let _ = answer.send(core.set_backings(&switch, backings));
+        });
+        self.sender.send(Message::Job(job)).map_err(|_| Error::Stopping.to_string())?;
+        answered
+            .recv_timeout(BACKINGS_MAX)
+            .map_err(|_| "the kernel engine is busy; tried again".to_owned())?
+    }
+
+    fn report(&mut self, report: Report) {
+        // A core that has ended tells nobody.
+        let _ = self.sender.send(Message::Job(Box::new(move |core| core.take_report(report))));
     }
 }
 
@@ -146,6 +181,7 @@ fn run(mut core: Core, receiver: &Receiver<Message>) {
         match receiver.recv_timeout(wake.saturating_duration_since(Instant::now())) {
             Ok(Message::Job(job)) => job(&mut core),
             Ok(Message::Links(events)) => {
+                core.hint_vfs();
                 if concerns(&core, &events) {
                     links.hit(Instant::now());
                 }

@@ -7,12 +7,14 @@ mod watch;
 
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::time::Duration;
 
 use sluice_pipeline::tables::LAYOUT_VERSION;
 use sluice_proto::FILE_DESCRIPTOR_SET;
 use sluice_proto::v1;
 use sluice_proto::v1::sluice_server::{Sluice, SluiceServer};
 use tokio::net::UnixListener;
+use tokio::sync::oneshot;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
@@ -24,11 +26,17 @@ use crate::doctor;
 use crate::error::Error;
 use crate::reconcile::Handle;
 use crate::resource::{Key, Kind};
+use crate::vf::fleet::Settled;
 
 pub use socket::{SocketError, bind};
 
 /// Largest message that is taken or given: an ACL group of 100 000 rules is about 10 MB.
 pub const MESSAGE_MAX: usize = 256 << 20;
+
+/// How long an apply waits for the NICs to act upon it.
+const APPLY_MAX: Duration = Duration::from_secs(5);
+/// How long a NIC, and the guest on it, may take to answer.
+const NIC_MAX: Duration = Duration::from_secs(60);
 
 /// What the daemon knows of itself.
 #[derive(Clone, Debug)]
@@ -56,6 +64,51 @@ impl Api {
     /// A service in front of this reconciler.
     pub fn new(handle: Handle, identity: Identity) -> Api {
         Api { handle, identity }
+    }
+}
+
+impl Api {
+    /// Waits until the NICs have acted upon a revision: until then a VF may still pass what the new policy forbids.
+    /// `false` if there was nothing to wait for.
+    async fn nics_settle(&self, revision: u64) -> Result<bool, Error> {
+        let mut view = self.handle.view();
+        let deadline = tokio::time::Instant::now() + APPLY_MAX;
+        let mut waited = false;
+        while self.handle.call(move |core| Ok(core.settled_revision())).await? < revision {
+            waited = true;
+            let changed = tokio::time::timeout_at(deadline, view.changed());
+            if !matches!(changed.await, Ok(Ok(()))) {
+                break;
+            }
+        }
+        Ok(waited)
+    }
+
+    /// Where a vNIC is, once its NIC's thread has answered.
+    async fn settled(
+        &self,
+        vnic: String,
+        settled: Option<oneshot::Receiver<Settled>>,
+    ) -> Result<v1::PathStatus, Error> {
+        match settled {
+            Some(settled) => match within(NIC_MAX, settled).await? {
+                Ok(path) => Ok(path),
+                Err(_) => self.handle.call(move |core| core.path_of(&vnic)).await,
+            },
+            None => self.handle.call(move |core| core.path_of(&vnic)).await,
+        }
+    }
+}
+
+/// Waits for a NIC's thread.
+async fn within<T>(time: Duration, answer: oneshot::Receiver<T>) -> Result<T, Error> {
+    match tokio::time::timeout(time, answer).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(_)) => Err(Error::Unavailable("the NIC's thread has ended; ask again".to_owned())),
+        Err(_) => Err(Error::Unavailable(format!(
+            "the NIC or the guest has not answered within {} s; `sluice explain` says what is waited for",
+            time.as_secs()
+        ))),
     }
 }
 
@@ -111,8 +164,18 @@ impl Sluice for Api {
     async fn apply(&self, request: Request<v1::ApplyRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
         let actor = actor(&request);
         let request = request.into_inner();
-        let Outcome { revision, results, data_plane } =
+        let Outcome { revision, mut results, data_plane } =
             self.handle.call(move |core| core.apply(&request, &actor)).await?;
+        if self.nics_settle(revision).await? {
+            let view = self.handle.view().borrow().clone();
+            for result in &mut results {
+                let known =
+                    result.resource.parse().ok().and_then(|key: Key| view.resources.get(&key).cloned());
+                if let Some(known) = known {
+                    result.status = known.status.clone();
+                }
+            }
+        }
         Ok(Response::new(v1::ApplyResponse { revision, results, data_plane }))
     }
 
@@ -192,6 +255,65 @@ impl Sluice for Api {
         let identity = self.identity.clone();
         let findings = self.handle.call(move |core| Ok(doctor::examine(core, &identity))).await?;
         Ok(Response::new(v1::DoctorResponse { findings }))
+    }
+
+    async fn explain(
+        &self,
+        request: Request<v1::ExplainRequest>,
+    ) -> Result<Response<v1::ExplainResponse>, Status> {
+        let vnic = request.into_inner().vnic;
+        Ok(Response::new(self.handle.call(move |core| core.explain(&vnic)).await?))
+    }
+
+    async fn revoke_vf(
+        &self,
+        request: Request<v1::RevokeVfRequest>,
+    ) -> Result<Response<v1::RevokeVfResponse>, Status> {
+        let actor = actor(&request);
+        let request = request.into_inner();
+        let vnic = request.vnic.clone();
+        let settled = self.handle.call(move |core| core.revoke_vf(&request, &actor)).await?;
+        Ok(Response::new(v1::RevokeVfResponse { path: Some(self.settled(vnic, settled).await?) }))
+    }
+
+    async fn release_vf(
+        &self,
+        request: Request<v1::ReleaseVfRequest>,
+    ) -> Result<Response<v1::ReleaseVfResponse>, Status> {
+        let vnic = request.into_inner().vnic;
+        let name = vnic.clone();
+        let settled = self.handle.call(move |core| core.release_vf(&name)).await?;
+        Ok(Response::new(v1::ReleaseVfResponse { path: Some(self.settled(vnic, settled).await?) }))
+    }
+
+    async fn acknowledge_vf(
+        &self,
+        request: Request<v1::AcknowledgeVfRequest>,
+    ) -> Result<Response<v1::AcknowledgeVfResponse>, Status> {
+        let answer = request.into_inner();
+        if answer.outcome() == v1::acknowledge_vf_request::Outcome::Unspecified {
+            return Err(Status::invalid_argument("outcome: say DONE or REFUSED"));
+        }
+        let accepted = match self.handle.call(move |core| core.acknowledge_vf(answer)).await? {
+            Some(accepted) => within(NIC_MAX, accepted).await?,
+            None => false,
+        };
+        Ok(Response::new(v1::AcknowledgeVfResponse { accepted }))
+    }
+
+    async fn probe_uplink(
+        &self,
+        request: Request<v1::ProbeUplinkRequest>,
+    ) -> Result<Response<v1::ProbeUplinkResponse>, Status> {
+        let switch = request.into_inner().switch;
+        let name = switch.clone();
+        let Some(found) = self.handle.call(move |core| core.probe_uplink(&name)).await? else {
+            let text = format!(
+                "nobody looks after the NIC of switch {switch}: it needs an uplink, and a vNIC with `sriov`, first"
+            );
+            return Err(Error::Unavailable(text).into());
+        };
+        Ok(Response::new(within(NIC_MAX, found).await?.map_err(Error::Unavailable)?))
     }
 
     async fn get_version(

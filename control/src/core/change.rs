@@ -90,6 +90,7 @@ impl Core {
         let candidate = self.candidate(specs, &keys)?;
         let mut changes = planner::desired(&self.state, &candidate.state);
         changes.extend(planner::data_plane(&self.image, &candidate.image));
+        changes.extend(self.plan_paths(&candidate.config));
         Ok(v1::PlanResponse { changes, revision: self.state.revision })
     }
 

@@ -69,6 +69,8 @@ impl Core {
                 });
             }
         }
+        let wanted = |counters: &&v1::VfCounters| only.is_none_or(|vnic| vnic.name == counters.vnic);
+        answer.vfs = self.vfs.counters().filter(wanted).cloned().collect();
         Ok(answer)
     }
 

@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 
 use sluice_kernel::{HooksInUse, Observation, PortState, PortStatus};
+use sluice_policy::config::Config;
 use sluice_policy::ids::Ids;
 use sluice_policy::image::Image;
 use sluice_policy::lower::{self, PortSpec};
 use sluice_proto::v1;
 use sluice_proto::v1::port_status::{Reason, State};
 
+use super::vfs::Vfs;
 use crate::convert::{self, Spec};
 use crate::store::Entry;
 
@@ -79,12 +81,25 @@ pub(super) fn failed(ports: &[PortSpec], ids: &Ids, error: &str) -> BTreeMap<Str
 }
 
 /// A resource with the status that its ports give it.
-pub(super) fn resource(entry: &Entry, ports: &BTreeMap<String, v1::PortStatus>) -> v1::Resource {
+pub(super) fn resource(
+    entry: &Entry,
+    ports: &BTreeMap<String, v1::PortStatus>,
+    vfs: &Vfs,
+    config: &Config,
+) -> v1::Resource {
     let mut wanted = Vec::new();
+    let (mut path, mut nic) = (None, None);
     match entry.spec.as_ref() {
         Spec::AclGroup(_) => {}
-        Spec::Vnic(vnic) => wanted.push((lower::vnic_port(&vnic.name), vnic.attach.netdev().to_owned())),
+        Spec::Vnic(vnic) => {
+            wanted.push((lower::vnic_port(&vnic.name), vnic.attach.netdev().to_owned()));
+            // In switchdev mode its VF has a port too.
+            let vf = ports.get(&lower::vf_port(&vnic.name));
+            wanted.extend(vf.map(|port| (port.port.clone(), port.netdev.clone())));
+            path = Some(vfs.path(vnic, config));
+        }
         Spec::Switch(switch) => {
+            nic = vfs.nic(&switch.name).cloned();
             if let Some(uplink) = &switch.uplink {
                 wanted.push((lower::uplink_port(&switch.name), uplink.netdev.clone()));
             }
@@ -93,7 +108,7 @@ pub(super) fn resource(entry: &Entry, ports: &BTreeMap<String, v1::PortStatus>) 
             }
         }
     }
-    let mut status = v1::Status::default();
+    let mut status = v1::Status { path, nic, ..v1::Status::default() };
     status.set_state(v1::status::State::Ready);
     for (port, netdev) in wanted {
         let found = ports.get(&port).cloned().unwrap_or_else(|| not_reconciled(port, netdev));

@@ -49,7 +49,7 @@ impl Bench {
             let (store, state, origin) = Store::open(&state_dir, &runtime_dir)?;
             Ok(Core::new(store, state, origin, Box::new(behind)))
         };
-        let (handle, _) = reconcile::start(make).expect("started");
+        let (handle, _) = reconcile::start(make, None).expect("started");
         let listener = bind(&identity.socket, 0o600).expect("bound");
         let (stop, stopped) = tokio::sync::oneshot::channel();
         tokio::spawn(serve(listener, Api::new(handle.clone(), identity), async {
@@ -169,7 +169,7 @@ async fn after_a_restart_the_first_answer_is_of_a_finished_pass_and_after_the_en
         let (store, state, origin) = Store::open(&state_dir, &runtime_dir)?;
         Ok(Core::new(store, state, origin, Box::new(behind)))
     };
-    let (handle, thread) = reconcile::start(make).expect("started");
+    let (handle, thread) = reconcile::start(make, None).expect("started");
     let view = handle.view().borrow().clone();
     let status = view.resources.values().next().and_then(|blue| blue.status.clone()).expect("it is there");
     assert_eq!(status.state(), v1::status::State::Ready);

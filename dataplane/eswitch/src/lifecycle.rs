@@ -135,6 +135,8 @@ pub enum Event {
     },
     /// The guest sends on the VF, or says that it can.
     GuestActive(VfIndex),
+    /// The guest will not have the VF, or cannot be given it, though it is open.
+    Refused(String),
     /// Take the VF away, when the guest lets go or the deadline passes.
     Revoke(String),
     /// The NIC does not hold what was programmed.
@@ -243,6 +245,22 @@ impl Lifecycle {
         }
     }
 
+    /// A vNIC that was on a VF in a former life of the daemon, and still is: its guest is active on it. What the VF
+    /// holds is then looked at as ever, and drift revokes it.
+    pub fn adopted(timing: Timing, now: u64, vf: VfIndex, program: Program) -> Self {
+        Lifecycle {
+            state: State::Hardware { vf, program, next: None },
+            reason: format!("it was on {vf} when the daemon started"),
+            ..Lifecycle::new(timing, now)
+        }
+    }
+
+    /// Forgets grants that came to nothing: it may be granted a VF at once.
+    pub const fn forgive(&mut self, now: u64) {
+        self.strikes = 0;
+        self.not_before = now;
+    }
+
     /// Its path.
     pub const fn path(&self) -> Path {
         match self.state {
@@ -276,6 +294,15 @@ impl Lifecycle {
             State::Attaching { program, step: Attach::Guest | Attach::Switch, .. }
             | State::Hardware { program, next: None, .. } => Some(program),
             _ => None,
+        }
+    }
+
+    /// What it was granted its VF with; `None` if it has none, or is losing it.
+    pub const fn granted(&self) -> Option<&Program> {
+        match &self.state {
+            State::Programming { program, .. } | State::Attaching { program, .. } => Some(program),
+            State::Hardware { next: Some(program), .. } | State::Hardware { program, .. } => Some(program),
+            State::Software | State::Draining(_) => None,
         }
     }
 
@@ -318,6 +345,7 @@ impl Lifecycle {
             }
             Event::Done(_) | Event::Failed { .. } => Vec::new(),
             Event::GuestActive(vf) => self.guest_active(vf),
+            Event::Refused(text) => self.leave(now, Cause::Refused, text, true),
             Event::Revoke(text) => self.leave(now, Cause::Revoked, text, false),
             Event::Drifted(text) => self.leave(now, Cause::Drift, text, true),
             Event::PolicyChanged(text) => self.leave(now, Cause::Policy, text, true),

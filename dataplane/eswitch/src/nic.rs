@@ -11,6 +11,7 @@ pub(crate) mod firmware;
 mod host;
 mod identity;
 mod soft;
+pub mod usage;
 
 use std::collections::BTreeSet;
 use std::fmt;

@@ -31,6 +31,25 @@ pub enum Cause {
     Drained,
 }
 
+impl Cause {
+    /// Stable name in `lower-kebab-case`, for machines.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Cause::Granted => "granted",
+            Cause::Verified => "verified",
+            Cause::GuestActive => "guest-active",
+            Cause::Uncovered => "uncovered",
+            Cause::Failed => "failed",
+            Cause::Refused => "refused",
+            Cause::Timeout => "timeout",
+            Cause::Revoked => "revoked",
+            Cause::Drift => "drift",
+            Cause::Policy => "policy",
+            Cause::Drained => "drained",
+        }
+    }
+}
+
 /// What a transition cost, where that could be seen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Losses {

@@ -272,3 +272,14 @@ fn answers_to_old_commands_are_ignored() {
     rig.send(Event::Grant { vf: VfIndex(9), program: program() });
     assert_eq!(rig.machine.vf(), Some(VF), "it has a VF still");
 }
+
+#[test]
+fn a_vf_of_a_former_life_is_given_back_as_any_other() {
+    let program = Program::Legacy(Default::default());
+    let mut lifecycle = Lifecycle::adopted(Timing::default(), 5, VfIndex(2), program.clone());
+    assert_eq!((lifecycle.path(), lifecycle.vf()), (Path::Hardware, Some(VfIndex(2))));
+    assert_eq!(lifecycle.program(), Some(&program));
+    let commands = lifecycle.handle(6, Event::Drifted("spoofchk is off".into()));
+    assert_eq!(commands.iter().map(|command| &command.action).collect::<Vec<_>>(), [&Action::UseSoftware]);
+    assert_eq!(lifecycle.path(), Path::Draining);
+}
