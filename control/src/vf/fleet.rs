@@ -7,10 +7,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
+use parking_lot::Mutex;
 use sluice_eswitch::contract::EswitchError;
 use sluice_eswitch::lifecycle::Timing;
 use sluice_eswitch::nic::{HostNic, Nic};
+use sluice_eswitch::watch::{Waker, Watch};
 use sluice_policy::config::{Config, Switch, VfAttachment};
 use sluice_policy::image::Backings;
 
@@ -21,6 +24,9 @@ use super::record::RecordFile;
 use super::uplink::{self, Outbox, Setting};
 
 pub use super::uplink::{Message, Settled};
+
+/// How long a wait for notices lasts.
+const NOTICES_WAIT: Duration = Duration::from_secs(10);
 
 /// Opens the NIC that has this interface.
 pub type NicOpener = dyn Fn(&str) -> Result<Box<dyn Nic>, EswitchError> + Send + Sync;
@@ -69,13 +75,67 @@ pub struct Fleet {
     findings: Findings,
     software: Box<dyn Fn() -> Box<dyn SoftwarePath> + Send>,
     uplinks: BTreeMap<String, Uplink>,
+    watcher: Option<Watcher>,
+}
+
+/// The thread that hears the kernel's notices, while there is anybody to tell.
+struct Watcher {
+    waker: Waker,
+    outboxes: Outboxes,
+}
+
+/// Whom the watcher tells; `None` when it is to end.
+type Outboxes = Arc<Mutex<Option<Vec<Outbox>>>>;
+
+impl Watcher {
+    /// Starts it; without notices, NICs are looked at at intervals only.
+    fn start() -> Option<Watcher> {
+        let watch = Watch::open().map_err(|error| tracing::warn!("{error}")).ok()?;
+        let (waker, outboxes) = (watch.waker(), Outboxes::new(Mutex::new(Some(Vec::new()))));
+        let listeners = Arc::clone(&outboxes);
+        thread::Builder::new()
+            .name("vf-notices".to_owned())
+            .spawn(move || listen(watch, &listeners))
+            .map_err(|error| tracing::warn!("the thread for notices of NICs: {error}; they are read at intervals only"))
+            .ok()?;
+        Some(Watcher { waker, outboxes })
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        *self.outboxes.lock() = None;
+        self.waker.wake();
+    }
+}
+
+fn listen(mut watch: Watch, listeners: &Outboxes) {
+    loop {
+        let hints = watch.wait(NOTICES_WAIT);
+        match &*listeners.lock() {
+            None => return,
+            Some(outboxes) => match hints {
+                Ok(hints) if hints.is_empty() => {}
+                Ok(_) => {
+                    for outbox in outboxes {
+                        // A thread that has ended needs none.
+                        let _ = outbox.send(Message::Hint);
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!("{error}");
+                    return;
+                }
+            },
+        }
+    }
 }
 
 impl Fleet {
     /// A fleet without threads yet. `software` makes each its way back to the reconciler.
     pub fn new(equipment: Equipment, software: impl Fn() -> Box<dyn SoftwarePath> + Send + 'static) -> Fleet {
         let findings = Findings::open(&equipment.state_dir);
-        Fleet { equipment, findings, software: Box::new(software), uplinks: BTreeMap::new() }
+        Fleet { equipment, findings, software: Box::new(software), uplinks: BTreeMap::new(), watcher: None }
     }
 
     /// Where vNICs were when the last daemon ended, for the engine's first pass.
@@ -117,6 +177,14 @@ impl Fleet {
             {
                 self.start(&switch.name, netdev, world);
             }
+        }
+        if self.uplinks.is_empty() {
+            self.watcher = None;
+        } else {
+            self.watcher = self.watcher.take().or_else(Watcher::start);
+        }
+        if let Some(watcher) = &self.watcher {
+            *watcher.outboxes.lock() = Some(self.uplinks.values().map(|uplink| uplink.outbox.clone()).collect());
         }
     }
 

@@ -22,6 +22,8 @@ use crate::events::{self, Severity};
 
 /// Pause between looks at a NIC, which notices of the kernel shorten.
 const LOOK: Duration = Duration::from_millis(1000);
+/// Least pause between looks: notices come in swarms.
+const LOOK_MIN: Duration = Duration::from_millis(100);
 /// Pause between questions to a plug that is waited for.
 const POLL: Duration = Duration::from_millis(20);
 /// Pause before a NIC is opened again.
@@ -103,13 +105,14 @@ pub(super) fn run(mut setting: Setting, world: World, receiver: &Receiver<Messag
     });
     let clock = || u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
     manager.set_world(clock(), inbox.world.clone());
-    let mut look_at = Instant::now();
+    let (mut look_at, mut looked) = (Instant::now(), Instant::now());
     let mut waiting: Vec<(String, oneshot::Sender<Settled>)> = Vec::new();
     loop {
         let look = look_at <= Instant::now();
         manager.step(clock(), look);
         if look {
-            look_at = Instant::now() + LOOK;
+            looked = Instant::now();
+            look_at = looked + LOOK;
         }
         settle(&manager, clock(), &mut waiting);
         if inbox.retiring && manager.is_idle() {
@@ -121,7 +124,7 @@ pub(super) fn run(mut setting: Setting, world: World, receiver: &Receiver<Messag
         match receiver.recv_timeout(pause) {
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) | Ok(Message::Stop) => return,
-            Ok(Message::Hint) => look_at = Instant::now(),
+            Ok(Message::Hint) => look_at = look_at.min(looked + LOOK_MIN),
             Ok(Message::World(world)) => manager.set_world(clock(), world),
             Ok(Message::Retire(world)) => {
                 inbox.retiring = true;
