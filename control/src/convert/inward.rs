@@ -269,7 +269,9 @@ impl<'a> Reader<'a> {
                     bond: optional(&netns.bond),
                 }
             }
-            Some(v1::vf_attachment::Kind::External(_)) => VfAttachment::External,
+            Some(v1::vf_attachment::Kind::External(external)) => {
+                VfAttachment::External { driver: optional(&external.driver) }
+            }
             Some(v1::vf_attachment::Kind::Qmp(qmp)) => {
                 if qmp.socket.is_empty() {
                     self.missing("sriov.attach.qmp.socket", "give the path of QEMU's monitor socket");
@@ -286,7 +288,7 @@ impl<'a> Reader<'a> {
                     "sriov.attach",
                     "say how the VF reaches the VM: `attach: {netns: {path: …}}`, `{external: {}}` or `{qmp: {socket: …}}`",
                 );
-                VfAttachment::External
+                VfAttachment::External { driver: None }
             }
         };
         Sriov { weight, attach }

@@ -148,7 +148,9 @@ fn sriov(vnic: &str, spec: &Sriov) -> v1::Sriov {
             netdev: unless(netdev, VF_NETDEV),
             bond: bond.clone().unwrap_or_default(),
         }),
-        VfAttachment::External => v1::vf_attachment::Kind::External(v1::ExternalAttachment {}),
+        VfAttachment::External { driver } => v1::vf_attachment::Kind::External(v1::ExternalAttachment {
+            driver: driver.clone().unwrap_or_default(),
+        }),
         VfAttachment::Qmp { socket, device, bus, failover_pair } => {
             v1::vf_attachment::Kind::Qmp(v1::QmpAttachment {
                 socket: socket.clone(),

@@ -96,7 +96,9 @@ impl Watcher {
         thread::Builder::new()
             .name("vf-notices".to_owned())
             .spawn(move || listen(watch, &listeners))
-            .map_err(|error| tracing::warn!("the thread for notices of NICs: {error}; they are read at intervals only"))
+            .map_err(|error| {
+                tracing::warn!("the thread for notices of NICs: {error}; they are read at intervals only")
+            })
             .ok()?;
         Some(Watcher { waker, outboxes })
     }
@@ -184,7 +186,8 @@ impl Fleet {
             self.watcher = self.watcher.take().or_else(Watcher::start);
         }
         if let Some(watcher) = &self.watcher {
-            *watcher.outboxes.lock() = Some(self.uplinks.values().map(|uplink| uplink.outbox.clone()).collect());
+            *watcher.outboxes.lock() =
+                Some(self.uplinks.values().map(|uplink| uplink.outbox.clone()).collect());
         }
     }
 

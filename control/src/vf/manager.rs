@@ -639,6 +639,7 @@ impl Manager {
             claim.sriov = sriov.clone();
             claim.plug = (self.parts.plugs)(name, &claim.sriov.attach);
         }
+        self.parts.nic.use_vf_driver(index, claim.sriov.attach.driver());
         claim.vf = Some(vf);
         claim.dark_since = None;
         claim.backing = Some(Backing { representor, in_use: false });

@@ -50,8 +50,10 @@ pub struct Legacy {
     /// The PF's interface when it was last seen.
     netdev: Netdev,
     quirk: Option<&'static Quirk>,
-    /// What to bind to a VF when it is opened, instead of what suits.
+    /// What to bind to VFs when they are opened, instead of what suits.
     vf_driver: Option<String>,
+    /// The same for particular VFs; `None` means what suits its interface.
+    vf_drivers: BTreeMap<VfIndex, Option<String>>,
     /// Drivers that were taken from VFs to close them.
     taken_drivers: BTreeMap<VfIndex, String>,
     /// How VFs are closed here, once that is known.
@@ -84,6 +86,7 @@ impl Legacy {
             quirk: device.driver().and_then(|driver| Quirk::of(&driver, device.pci_id())),
             device,
             vf_driver: None,
+            vf_drivers: BTreeMap::new(),
             taken_drivers: BTreeMap::new(),
             gate: None,
             programmed: BTreeSet::new(),
@@ -99,6 +102,12 @@ impl Legacy {
     pub fn with_vf_driver(mut self, driver: &str) -> Self {
         self.vf_driver = Some(driver.to_owned());
         self
+    }
+
+    /// Has [`enable`](Eswitch::enable) bind this driver to this VF, where opening a VF means to bind one; `None`: the one
+    /// that suits its interface.
+    pub fn use_vf_driver(&mut self, vf: VfIndex, driver: Option<&str>) {
+        self.vf_drivers.insert(vf, driver.map(str::to_owned));
     }
 
     /// Whether opening a VF binds its driver: then it has no interface before, and what gives it to a guest comes after.

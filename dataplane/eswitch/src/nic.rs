@@ -57,6 +57,10 @@ pub trait Nic: Send {
     /// Of class passing, gone or broken.
     fn opens_by_binding(&mut self, vf: VfIndex) -> Result<bool, EswitchError>;
 
+    /// Has opening this VF bind a driver, such as `vfio-pci`, where it binds one; `None`: the usual one for its interface.
+    /// For the next time that it is opened.
+    fn use_vf_driver(&mut self, vf: VfIndex, driver: Option<&str>);
+
     /// How many VFs there can be; `None` if the device does not say.
     fn vf_limit(&self) -> Option<u16>;
 

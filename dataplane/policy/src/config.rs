@@ -244,7 +244,10 @@ pub enum VfAttachment {
         bond: Option<String>,
     },
     /// An orchestrator plugs and acknowledges.
-    External,
+    External {
+        /// Driver that the VF gets where opening it binds one; the usual one for its interface if not given.
+        driver: Option<String>,
+    },
     /// QEMU's monitor plugs.
     Qmp {
         /// Path of the monitor's socket.
@@ -267,6 +270,17 @@ impl Vnic {
     /// Its addresses, its own first.
     pub fn macs(&self) -> impl Iterator<Item = MacAddr> {
         std::iter::once(self.mac).chain(self.extra_macs.iter().copied())
+    }
+}
+
+impl VfAttachment {
+    /// Driver that the VF gets where opening it binds one; `None` means the usual one for its interface.
+    pub fn driver(&self) -> Option<&str> {
+        match self {
+            VfAttachment::Netns { .. } => None,
+            VfAttachment::External { driver } => driver.as_deref(),
+            VfAttachment::Qmp { .. } => Some("vfio-pci"),
+        }
     }
 }
 

@@ -147,7 +147,13 @@ impl Legacy {
     }
 
     fn give_driver(&mut self, vf: VfIndex) -> Result<(), EswitchError> {
-        let known = self.vf_driver.clone().or_else(|| self.taken_drivers.get(&vf).cloned());
+        let taken = self.taken_drivers.get(&vf).cloned();
+        let known = match self.vf_drivers.get(&vf) {
+            Some(Some(wanted)) => Some(wanted.clone()),
+            // What passed it to a VM once does not give it an interface.
+            Some(None) => taken.filter(|driver| !driver.starts_with("vfio")),
+            None => self.vf_driver.clone().or(taken),
+        };
         let usual = self.quirk.map(|quirk| quirk.vf_driver().to_owned());
         // A device whose driver is not named is bound only where drivers are probed by themselves.
         let named = known.or(if self.device.autoprobe() { None } else { usual });

@@ -239,6 +239,13 @@ impl Nic for HostNic {
         }
     }
 
+    fn use_vf_driver(&mut self, vf: VfIndex, driver: Option<&str>) {
+        // In switchdev mode a VF has a link state, and keeps its driver.
+        if let Backend::Legacy(legacy) = &mut self.backend {
+            legacy.use_vf_driver(vf, driver);
+        }
+    }
+
     fn adopt_unicast_filter(&mut self, macs: &BTreeSet<MacAddr>) {
         match &mut self.backend {
             Backend::Legacy(legacy) => legacy.adopt_unicast_filter(macs),

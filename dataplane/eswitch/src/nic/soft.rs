@@ -208,6 +208,8 @@ impl<E: Eswitch + Send> Nic for SoftNic<E> {
         self.world().filter.clone()
     }
 
+    fn use_vf_driver(&mut self, _vf: VfIndex, _driver: Option<&str>) {}
+
     fn adopt_unicast_filter(&mut self, macs: &BTreeSet<MacAddr>) {
         self.world().filter.extend(macs);
     }

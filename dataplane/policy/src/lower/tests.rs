@@ -312,7 +312,10 @@ fn tuples_are_sorted_by_their_best_rank() {
 fn with_a_claim() -> (Config, Ids, [u32; 4]) {
     let mut first =
         vnic(1, Policy { ip_guard: vec!["10.0.0.1".parse().expect("an address")], ..Policy::default() });
-    first.sriov = Some(crate::config::Sriov { weight: 50, attach: crate::config::VfAttachment::External });
+    first.sriov = Some(crate::config::Sriov {
+        weight: 50,
+        attach: crate::config::VfAttachment::External { driver: None },
+    });
     let config = Config {
         switches: vec![switch("blue")],
         vnics: vec![first, vnic(2, Policy::default())],

@@ -117,7 +117,7 @@ impl Check<'_> {
                     self.netdev(resource, "sriov.attach.netns.bond", bond, NETDEV_MAX);
                 }
             }
-            VfAttachment::External => {}
+            VfAttachment::External { .. } => {}
             VfAttachment::Qmp { socket, device, .. } => {
                 for (field, text) in [("socket", socket), ("device", device)] {
                     if text.is_empty() {
