@@ -3,7 +3,7 @@
 //! [`contract`] says what an eSwitch is; the other modules are eSwitches. `sluice_policy::placement` decides what is
 //! programmed. Netlink, sysfs and devlink stay inside this crate. What the daemon holds of a NIC is a [`nic::Nic`].
 //!
-//! Unsafe code is in `nic::firmware` (one ioctl) only.
+//! Unsafe code is in `nic::firmware` (one ioctl) and `probe::packet` (packet sockets) only.
 
 #![deny(unsafe_code)]
 
@@ -13,6 +13,7 @@ pub mod legacy;
 pub mod lifecycle;
 mod netlink;
 pub mod nic;
+pub mod probe;
 mod quirks;
 pub mod soft;
 pub mod survey;
