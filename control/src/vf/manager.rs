@@ -32,6 +32,8 @@ use crate::events::Severity;
 const COMMANDS_MAX: usize = 64;
 /// Looks in a row at a guest that does not use its VF, before that is taken back.
 const IDLE_LOOKS_MAX: u32 = 3;
+/// Looks between those at rules that are not ours.
+const FOREIGN_LOOKS: u64 = 10;
 /// Stations behind the uplink that programs in switchdev mode lead to.
 const STATIONS_MAX: usize = 64;
 
@@ -91,6 +93,15 @@ pub trait SoftwarePath: Send {
 /// Makes the plug for a vNIC.
 pub type PlugMaker = Box<dyn Fn(&str, &VfAttachment) -> Box<dyn Plug> + Send>;
 
+/// What was told last, so that only news are.
+#[derive(Clone, PartialEq)]
+struct Told {
+    paths: BTreeMap<String, v1::PathStatus>,
+    nic: v1::NicStatus,
+    revision: u64,
+    counters: Vec<v1::VfCounters>,
+}
+
 /// What a manager is made of.
 pub struct Parts {
     /// Name of the switch.
@@ -131,8 +142,10 @@ pub struct Manager {
     record: Record,
     written: Record,
     foreign: Vec<String>,
+    counters: Vec<v1::VfCounters>,
+    looks: u64,
     events: Vec<(Severity, String)>,
-    told: Option<(BTreeMap<String, v1::PathStatus>, v1::NicStatus, u64)>,
+    told: Option<Told>,
     /// What the record says of a former life, until the first look.
     former: Option<Record>,
 }
@@ -156,6 +169,8 @@ impl Manager {
             written: former.clone(),
             record: Record::default(),
             foreign: Vec::new(),
+            counters: Vec::new(),
+            looks: 0,
             events: Vec::new(),
             told: None,
             former: Some(former),
@@ -329,6 +344,22 @@ impl Manager {
             self.note(Severity::Info, text);
         }
         self.check_all(now);
+        self.counters = self.vf_counters();
+        if self.looks.is_multiple_of(FOREIGN_LOOKS) {
+            self.foreign = self.foreign_rules();
+        }
+        self.looks += 1;
+    }
+
+    /// Rules on representors of ours that are not ours.
+    fn foreign_rules(&mut self) -> Vec<String> {
+        if self.parts.nic.mode() != Mode::Switchdev {
+            return Vec::new();
+        }
+        let held: Vec<VfIndex> = self.claims.values().filter_map(|claim| claim.lifecycle.vf()).collect();
+        let found = held.into_iter().filter_map(|vf| self.parts.nic.eswitch().read_back(vf).ok());
+        let all: BTreeSet<String> = found.flat_map(|found| found.foreign).collect();
+        all.into_iter().collect()
     }
 
     /// Why no VF can be granted, if so.
@@ -1033,13 +1064,12 @@ impl Manager {
         let paths: BTreeMap<String, v1::PathStatus> =
             self.claims.iter().map(|(name, claim)| (name.clone(), claim.status(&around))).collect();
         let nic = self.nic_status();
-        let told = (paths, nic, self.world.revision);
+        let told = Told { paths, nic, revision: self.world.revision, counters: self.counters.clone() };
         if self.events.is_empty() && self.told.as_ref() == Some(&told) {
             return;
         }
-        let (paths, nic, revision) = told.clone();
+        let Told { paths, nic, revision, counters } = told.clone();
         self.told = Some(told);
-        let counters = self.vf_counters();
         let outlook = Outlook {
             capabilities: self.trouble.is_none().then(|| self.capabilities.clone()),
             neighbours: self.neighbours.clone(),
@@ -1082,7 +1112,7 @@ impl Manager {
     }
 
     /// What the VFs in use have carried.
-    pub fn vf_counters(&mut self) -> Vec<v1::VfCounters> {
+    fn vf_counters(&mut self) -> Vec<v1::VfCounters> {
         let held: Vec<(String, VfIndex)> = self
             .claims
             .iter()
