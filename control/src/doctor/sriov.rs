@@ -63,7 +63,7 @@ struct Scope<'a> {
 }
 
 /// One group for each switch with an uplink.
-pub fn uplinks(view: &View) -> Vec<Finding> {
+pub fn uplinks<'a>(view: &'a View) -> Vec<Finding> {
     let mut demands: BTreeMap<&str, Demand> = BTreeMap::new();
     let specs = || view.resources.values().filter_map(|resource| resource.spec.as_ref());
     for spec in specs() {
@@ -73,8 +73,8 @@ pub fn uplinks(view: &View) -> Vec<Finding> {
             demands.entry(&vnic.switch).or_default().add(sriov);
         }
     }
-    let uplink = |spec| match spec {
-        &v1::resource::Spec::Switch(ref switch) => Some((switch, switch.uplink.as_ref()?)),
+    let uplink = |spec: &'a v1::resource::Spec| match spec {
+        v1::resource::Spec::Switch(switch) => Some((switch, switch.uplink.as_ref()?)),
         _ => None,
     };
     let examine = |(switch, uplink): (&v1::Switch, &v1::Uplink)| {

@@ -62,8 +62,19 @@ pub(super) fn unit(scope: &Scope<'_>) -> Finding {
     }
 }
 
+/// Whose IOMMU it is: as the firmware's tables say, which emulators mix with any CPU, else as the CPU's usually is.
+fn maker(host: &Host) -> Option<&Cpu> {
+    let has =
+        |table: &str| host.iommu.tables.known().is_some_and(|tables| tables.iter().any(|name| name == table));
+    match (has("DMAR"), has("IVRS")) {
+        (true, _) => Some(&Cpu::Intel),
+        (_, true) => Some(&Cpu::Amd),
+        _ => host.cpu.known(),
+    }
+}
+
 fn technology(host: &Host) -> &'static str {
-    match host.cpu.known() {
+    match maker(host) {
         Some(Cpu::Intel) => "VT-d",
         Some(Cpu::Amd) => "AMD-Vi (IOMMU)",
         Some(Cpu::Other(_)) | None => "the IOMMU (VT-d, AMD-Vi or SMMU)",
@@ -71,7 +82,7 @@ fn technology(host: &Host) -> &'static str {
 }
 
 fn boot(host: &Host) -> &'static str {
-    match host.cpu.known() {
+    match maker(host) {
         Some(Cpu::Intel) => "intel_iommu=on iommu=pt",
         Some(Cpu::Amd) => "amd_iommu=on iommu=pt",
         Some(Cpu::Other(_)) | None => "iommu=pt (on Intel, intel_iommu=on too)",

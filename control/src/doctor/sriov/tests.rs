@@ -234,6 +234,8 @@ fn the_iommu_is_off_or_not_there_and_matters_to_vms_only() {
     let intel = || Reading::Known(Cpu::Intel);
     let unused = off(&[], known(&["DMAR"]), intel());
     told(&unused, Code::IommuOff, Level::Problem, "boot with intel_iommu=on iommu=pt");
+    let emulated = off(&[], known(&["DMAR"]), Reading::Known(Cpu::Amd));
+    told(&emulated, Code::IommuOff, Level::Problem, "boot with intel_iommu=on");
     let refused = off(&["intel_iommu=off"], known(&["DMAR"]), intel());
     told(&refused, Code::IommuOff, Level::Problem, "take intel_iommu=off from");
     told(&off(&[], known(&[]), intel()), Code::IommuAbsent, Level::Problem, "enable VT-d");
