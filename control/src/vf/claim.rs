@@ -222,7 +222,7 @@ impl Claim {
         if self.is_unsteady(around.now) {
             let message = format!(
                 "{} did not hold what was programmed {DRIFTS_MAX} times within a minute; find out who changes it, \
-                 then `sluice release {}`",
+                 then `sluice release vnic {}`",
                 around.pf, self.vnic.name
             );
             return plain(Reason::Drifted, message);
