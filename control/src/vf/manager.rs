@@ -14,10 +14,10 @@ use sluice_eswitch::lifecycle::allocate::{self, Hysteresis, allocate};
 use sluice_eswitch::lifecycle::execute::{check, execute};
 use sluice_eswitch::lifecycle::{Action, Command, Event, Lifecycle, Losses, Path, Timing, answer};
 use sluice_eswitch::nic::{Nic, usage};
-use sluice_policy::config::{Attestable, Config, Switch, VfAttachment, Vnic};
+use sluice_policy::config::{Attestable, Config, Switch, VfAttachment, VlanMode, Vnic};
 use sluice_policy::image::{Backing, Backings};
 use sluice_policy::lower;
-use sluice_policy::net::MacAddr;
+use sluice_policy::net::{MacAddr, VlanId};
 use sluice_policy::oracle::Domain;
 use sluice_policy::placement::{Capabilities, Mode, Neighbours, Program, place};
 use sluice_proto::v1;
@@ -261,6 +261,36 @@ impl Manager {
                 "{pf} has no VF to spare: make one more than is in use (/sys/class/net/{pf}/device/sriov_numvfs)"
             )),
         }
+    }
+
+    /// The first of two VLANs for a probe, which nobody on this host uses.
+    ///
+    /// # Errors
+    /// When there are none.
+    pub fn spare_vlans(&self) -> Result<VlanId, String> {
+        let config = &self.world.config;
+        let internals = config.switches.iter().filter_map(|switch| switch.internal.as_ref());
+        let modes: Vec<&VlanMode> = config
+            .vnics
+            .iter()
+            .map(|vnic| &vnic.policy.vlan)
+            .chain(internals.map(|internal| &internal.vlan))
+            .collect();
+        let uses = |mode: &VlanMode, vid: VlanId| match mode {
+            VlanMode::Untagged => false,
+            VlanMode::Access(own) | VlanMode::Tunnel(own) => *own == vid,
+            VlanMode::Trunk { allowed, native } => {
+                *native == Some(vid) || allowed.iter().any(|range| range.contains(vid.get()))
+            }
+        };
+        let is_spare = |vid: u32| VlanId::new(vid).is_ok_and(|vid| !modes.iter().any(|mode| uses(mode, vid)));
+        (2..4094)
+            .rev()
+            .find(|vid| is_spare(*vid) && is_spare(*vid + 1))
+            .and_then(|vid| VlanId::new(vid).ok())
+            .ok_or_else(|| {
+                "every VLAN is in use on this host; free two neighbouring ones for a probe".to_owned()
+            })
     }
 
     /// What findings about this NIC are kept under.

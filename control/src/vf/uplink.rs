@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 use sluice_eswitch::contract::EswitchError;
 use sluice_eswitch::lifecycle::Timing;
 use sluice_eswitch::nic::Nic;
+use sluice_eswitch::probe::Verdict;
 use sluice_policy::config::Config;
 use sluice_policy::image::Backings;
 use sluice_proto::v1;
 use tokio::sync::oneshot;
 
-use super::knowledge::Findings;
+use super::knowledge::{Finding, Findings};
 use super::manager::{Manager, Outlook, Parts, PlugMaker, Report, SoftwarePath, World};
 use super::record::RecordFile;
 use crate::events::{self, Severity};
@@ -266,8 +267,35 @@ fn settle(manager: &Manager, now: u64, waiting: &mut Vec<(String, oneshot::Sende
     *waiting = still;
 }
 
-fn probe(_manager: &mut Manager, _findings: &Findings) -> Result<v1::ProbeUplinkResponse, String> {
-    Err("TEMP".into())
+/// Has the NIC probed with a spare VF, and keeps what was found. The NIC's other VFs are not looked at meanwhile.
+fn probe(manager: &mut Manager, findings: &Findings) -> Result<v1::ProbeUplinkResponse, String> {
+    let vlan = manager.spare_vlans()?;
+    let (nic, vf) = manager.spare()?;
+    let report = sluice_eswitch::probe::probe(nic, vf, vlan).map_err(|error| error.to_string())?;
+    let kind = report.identity.key();
+    let certain = report.findings.iter().filter_map(|found| {
+        let finding = match found.verdict {
+            Verdict::Enforced => Finding::Enforced,
+            Verdict::Refuted => Finding::Refuted,
+            Verdict::Inconclusive => return None,
+        };
+        Some((found.ability.name().to_owned(), finding))
+    });
+    let certain = certain.collect();
+    findings.keep(&kind, &certain).map_err(|error| {
+        format!("what was found is forgotten when the daemon ends, as it cannot be written: {error}")
+    })?;
+    let list = report.findings.iter().map(|found| v1::ProbeFinding {
+        feature: found.ability.name().to_owned(),
+        verdict: match found.verdict {
+            Verdict::Enforced => v1::probe_finding::Verdict::Enforced,
+            Verdict::Refuted => v1::probe_finding::Verdict::Refuted,
+            Verdict::Inconclusive => v1::probe_finding::Verdict::Inconclusive,
+        }
+        .into(),
+        text: found.text.clone(),
+    });
+    Ok(v1::ProbeUplinkResponse { identity: kind, findings: list.collect() })
 }
 
 /// Where messages to the thread go.
