@@ -15,6 +15,8 @@
 //! [`monitor`] never waits for QEMU, and QEMU serves one client at a time, so a connection lasts for one transition.
 
 mod monitor;
+#[cfg(test)]
+mod tests;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

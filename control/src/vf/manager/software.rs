@@ -1,0 +1,97 @@
+//! The software path: what the kernel engine and the PF's filter are told, and the record of it.
+
+use super::*;
+
+impl Manager {
+    pub(super) fn backings(&self) -> Backings {
+        let mut backings = Backings::default();
+        if self.parts.nic.mode() == Mode::Legacy && self.filter.is_some() {
+            backings.filtered_uplinks.insert(self.parts.switch.clone());
+        }
+        for (name, claim) in &self.claims {
+            if let Some(backing) = &claim.backing {
+                backings.vnics.insert(name.clone(), backing.clone());
+            }
+        }
+        backings
+    }
+
+    pub(super) fn set_software(&mut self) -> Result<(), String> {
+        let backings = self.backings();
+        if self.set.as_ref() != Some(&backings) {
+            self.parts.software.set(&self.parts.switch, backings.clone())?;
+            self.set = Some(backings);
+            self.keep_books();
+        }
+        Ok(())
+    }
+
+    /// Has the PF receive what is for vNICs in software: theirs, and the host's own address on the switch.
+    pub(super) fn keep_filter(&mut self) -> Result<(), String> {
+        if self.parts.nic.mode() != Mode::Legacy || self.claims.is_empty() && self.filter.is_none() {
+            self.filter = None;
+            return Ok(());
+        }
+        let Some(switch) = switch_of(&self.world.config, &self.parts.switch) else { return Ok(()) };
+        let in_use = |vnic: &&Vnic| {
+            let backing = self.claims.get(&vnic.name).and_then(|claim| claim.backing.as_ref());
+            backing.is_some_and(|backing| backing.in_use)
+        };
+        let mut macs: BTreeSet<MacAddr> = self
+            .world
+            .config
+            .vnics
+            .iter()
+            .filter(|vnic| vnic.switch == switch.name)
+            .filter(|vnic| !in_use(vnic))
+            .flat_map(Vnic::macs)
+            .collect();
+        macs.extend(switch.internal.iter().map(|internal| lower::internal_mac(switch, internal)));
+        if self.filter.as_ref() == Some(&macs) {
+            return Ok(());
+        }
+        match self.parts.nic.eswitch().sync_unicast_filter(&macs) {
+            Ok(()) => {
+                self.filter = Some(macs);
+                Ok(())
+            }
+            Err(error) => Err(format!("{} cannot be told what to receive: {error}", self.parts.nic.netdev())),
+        }
+    }
+
+    /// Writes down who holds what, if that has changed.
+    pub(super) fn keep_books(&mut self) {
+        let identity = self.parts.nic.identity();
+        let held: BTreeMap<String, Held> = self
+            .claims
+            .iter()
+            .filter_map(|(name, claim)| {
+                let vf = claim.vf.as_ref()?.index.0;
+                let backing = claim.backing.clone().unwrap_or_default();
+                Some((name.clone(), Held { vf, in_use: backing.in_use, representor: backing.representor }))
+            })
+            .collect();
+        let filter: BTreeSet<String> =
+            self.parts.nic.unicast_filter().iter().map(ToString::to_string).collect();
+        self.record = Record {
+            device: format!("{}/{}", identity.bus, identity.address),
+            is_filtered: self.set.as_ref().is_some_and(|set| !set.filtered_uplinks.is_empty()),
+            filter,
+            held,
+        };
+        if self.record.held.is_empty() && self.record.filter.is_empty() && !self.record.is_filtered {
+            self.record = Record::default();
+        }
+        if self.record != self.written {
+            match self.parts.record.write(&self.record) {
+                Ok(()) => self.written = self.record.clone(),
+                Err(error) => {
+                    self.note(
+                        Severity::Error,
+                        format!("the record of VFs in use cannot be written: {error}"),
+                    );
+                }
+            }
+        }
+    }
+}
