@@ -6,6 +6,9 @@
 
 #![deny(unsafe_code)]
 
+pub mod engine;
 pub mod frame;
+pub mod memory;
+pub mod offload;
 pub mod port;
 pub mod vhost;

@@ -3,7 +3,7 @@
 //! A port has one or more queues. Each [`Receive`] is owned by the worker that it is placed on. Each [`Transmit`] is
 //! behind a lock of its own, taken once per batch, since frames for a port may come from any worker.
 //!
-//! Who implements it: memory ports, `vhost`, `xdp`. A port never panics on what its other end does, and
+//! Who implements it: [`memory`](crate::memory), `vhost`, `xdp`. A port never panics on what its other end does, and
 //! never blocks.
 
 use std::fmt;
@@ -60,6 +60,12 @@ impl Batch {
     #[inline]
     pub fn frames_mut(&mut self) -> &mut [Frame] {
         &mut self.frames
+    }
+
+    /// Takes the last frame out.
+    #[inline]
+    pub fn pop(&mut self) -> Option<Frame> {
+        self.frames.pop()
     }
 
     /// Takes all frames out, in order.
@@ -121,8 +127,8 @@ pub trait Receive: Send + fmt::Debug {
 
 /// The way out: a queue that workers write, one at a time.
 pub trait Transmit: Send + fmt::Debug {
-    /// Takes all frames of the batch, in order, and leaves it empty. Answers how many were sent; the others are given back to
-    /// the pool, as are those whose bytes were copied. Every frame is as [`accepts`](Self::accepts) said.
+    /// Takes all frames of the batch, in order, and leaves it empty. Answers how many were sent, best the first ones; the others
+    /// are given back to the pool, as are those whose bytes were copied. Every frame is as [`accepts`](Self::accepts) said.
     fn transmit(&mut self, pool: &mut Pool, batch: &mut Batch) -> usize;
 
     /// What it takes beyond plain frames, now: it may change while running, as guests negotiate.

@@ -1,0 +1,146 @@
+//! The third pass: frames on their way out, grouped by port, made fit for what each port takes, and sent.
+
+use sluice_pipeline::DropReason;
+
+use super::counters::{Counters, add};
+use super::tables::Tables;
+use crate::frame::{Frame, Pool};
+use crate::offload;
+use crate::port::{BATCH, Batch, Transmit};
+
+/// Frames of one batch by the port that they leave by.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    /// The first `used` are.
+    groups: Vec<Group>,
+    used: usize,
+    /// Which of a port's transmit queues is used.
+    queue: usize,
+    /// Frames that are made fit.
+    fit: Batch,
+}
+
+#[derive(Debug)]
+struct Group {
+    port: u32,
+    frames: Batch,
+}
+
+impl Outgoing {
+    pub(super) fn new(queue: usize) -> Outgoing {
+        Outgoing { groups: Vec::new(), used: 0, queue, fit: Batch::new() }
+    }
+
+    /// Adds a frame that leaves by `port`.
+    #[inline]
+    pub(super) fn push(&mut self, port: u32, frame: Frame) {
+        // Of most batches, all frames go to a few ports.
+        let known = self.groups[..self.used].iter_mut().rev().find(|group| group.port == port);
+        if let Some(group) = known {
+            return group.frames.push(frame);
+        }
+        if self.used == self.groups.len() {
+            self.groups.push(Group { port, frames: Batch::new() });
+        }
+        let group = &mut self.groups[self.used];
+        self.used += 1;
+        group.port = port;
+        group.frames.push(frame);
+    }
+
+    /// Sends everything, and counts it.
+    pub(super) fn send(&mut self, tables: &Tables, pool: &mut Pool, counters: &Counters) {
+        let Outgoing { groups, used, queue, fit } = self;
+        for group in &mut groups[..*used] {
+            let way = Way { port: group.port, counters };
+            let Some(egress) = tables.port(group.port).and_then(|port| port.egress.as_ref()) else {
+                // Only what is attached is delivered to.
+                way.count_failed(group.frames.len());
+                group.frames.give(pool);
+                continue;
+            };
+            let mut queue = egress.queue(*queue);
+            let accepts = queue.accepts();
+            if group.frames.frames().iter().all(|frame| accepts.takes(&frame.offload())) {
+                way.send(&mut **queue, pool, &mut group.frames);
+            } else {
+                way.send_fit(&mut **queue, pool, &mut group.frames, fit);
+            }
+            queue.flush();
+        }
+        *used = 0;
+    }
+}
+
+/// A way out, and where to count.
+struct Way<'a> {
+    port: u32,
+    counters: &'a Counters,
+}
+
+impl Way<'_> {
+    fn count_sent(&self, packets: u64, bytes: u64) {
+        let counters = self.counters.port(self.port);
+        add(&counters.tx_packets, packets);
+        add(&counters.tx_bytes, bytes);
+    }
+
+    fn count_failed(&self, frames: usize) {
+        if frames > 0 {
+            self.counters.count_drops(self.port, DropReason::EgressFailed, frames as u64);
+        }
+    }
+
+    /// Sends frames as they are.
+    #[inline]
+    fn send(&self, queue: &mut dyn Transmit, pool: &mut Pool, batch: &mut Batch) {
+        let wanted = batch.len();
+        let mut lengths = [0u32; BATCH];
+        for (length, frame) in lengths.iter_mut().zip(batch.frames()) {
+            *length = frame.len() as u32;
+        }
+        let sent = queue.transmit(pool, batch).min(wanted);
+        self.count_sent(
+            sent as u64,
+            lengths[..sent.min(BATCH)].iter().map(|length| u64::from(*length)).sum(),
+        );
+        self.count_failed(wanted - sent);
+    }
+
+    /// Sends frames of which some need work first, in order. A super-frame counts as one frame, however many segments it
+    /// becomes.
+    #[cold]
+    fn send_fit(&self, queue: &mut dyn Transmit, pool: &mut Pool, frames: &mut Batch, fit: &mut Batch) {
+        let accepts = queue.accepts();
+        for mut frame in frames.drain() {
+            if accepts.takes(&frame.offload()) {
+                fit.push(frame);
+            } else if frame.offload().gso.is_none() {
+                offload::fill_checksum(&mut frame);
+                fit.push(frame);
+            } else {
+                self.send(queue, pool, fit);
+                self.send_segments(queue, pool, &frame, fit);
+                pool.give(frame);
+            }
+        }
+        self.send(queue, pool, fit);
+    }
+
+    fn send_segments(&self, queue: &mut dyn Transmit, pool: &mut Pool, frame: &Frame, fit: &mut Batch) {
+        let (mut made, mut sent) = (0, 0);
+        let cut = offload::segment(pool, frame, &mut |pool, segment| {
+            fit.push(segment);
+            if fit.room() == 0 {
+                made += fit.len();
+                sent += queue.transmit(pool, fit);
+            }
+        });
+        made += fit.len();
+        sent += queue.transmit(pool, fit);
+        if sent > 0 {
+            self.count_sent(1, frame.len() as u64);
+        }
+        self.count_failed(made.saturating_sub(sent) + usize::from(cut.is_err()));
+    }
+}

@@ -1,0 +1,159 @@
+//! What one worker has: batches through the pipeline, in three passes.
+//!
+//! Headers are brought near, each frame is decided on and rewritten, and what leaves is sent port by port.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use arc_swap::{ArcSwap, Cache};
+use sluice_pipeline::{Context, Delivery, DropReason, Sink, Tag, Verdict, decide, flood};
+
+use super::counters::Counters;
+use super::fdb::FdbCopies;
+use super::outgoing::Outgoing;
+use super::tables::Tables;
+use super::verdicts::Verdicts;
+use super::view::{Header, Own, View};
+use super::{Engine, Shared};
+use crate::frame::{Frame, Pool, Region};
+use crate::port::Batch;
+
+/// A worker's half of the engine. For one thread.
+#[derive(Debug)]
+pub struct Processor {
+    shared: Arc<Shared>,
+    tables: Cache<Arc<ArcSwap<Tables>>, Arc<Tables>>,
+    counters: Arc<Counters>,
+    own: Own,
+    pool: Pool,
+    outgoing: Outgoing,
+    copies: Copies,
+}
+
+impl Processor {
+    /// A processor that takes frames from `region`, and uses the transmit queues of number `number`, modulo how many a port
+    /// has.
+    pub fn new(engine: &Engine, region: &Arc<Region>, number: usize) -> Processor {
+        let shared = Arc::clone(&engine.shared);
+        let counters = Arc::new(Counters::new());
+        shared.counters.lock().working.push(Arc::clone(&counters));
+        Processor {
+            tables: Cache::new(Arc::clone(&shared.published)),
+            shared,
+            counters,
+            own: Own { verdicts: RefCell::new(Verdicts::new()), copies: RefCell::new(FdbCopies::new()) },
+            pool: Pool::new(region),
+            outgoing: Outgoing::new(number),
+            copies: Copies::default(),
+        }
+    }
+
+    /// Its frames, for ports to receive into.
+    pub fn pool(&mut self) -> &mut Pool {
+        &mut self.pool
+    }
+
+    /// Takes frames that came from port `ingress` through everything, and leaves the batch empty. `now` is nanoseconds of
+    /// the monotonic clock, the same for all processors of the engine.
+    pub fn process(&mut self, ingress: u32, batch: &mut Batch, now: u64) {
+        let Processor { shared, tables, counters, own, pool, outgoing, copies } = self;
+        let tables: &Tables = tables.load();
+        let seconds = (now / 1_000_000_000) as u32;
+        let view = View { tables, fdb: &shared.fdb, buckets: &shared.buckets, counters, own, now, seconds };
+        for frame in batch.frames() {
+            frame.prefetch();
+        }
+        for mut frame in batch.drain() {
+            let length = frame.len() as u32;
+            let mut context = Context::default();
+            let verdict = decide(&Header::of(frame.bytes()), &view, ingress, length, &mut context);
+            match verdict {
+                Verdict::Unicast(delivery) => {
+                    if rewrite(&mut frame, context.strip, delivery.tag) {
+                        outgoing.push(delivery.port, frame);
+                    } else {
+                        counters.count_drops(delivery.port, DropReason::EgressFailed, 1);
+                        pool.give(frame);
+                    }
+                }
+                Verdict::Flood => {
+                    // The reason, if there is no destination, has been counted.
+                    let _ = flood(&view, &mut context, copies);
+                    copies.send(frame, context.strip, pool, outgoing, counters);
+                }
+                Verdict::Drop { .. } | Verdict::Defer => pool.give(frame),
+            }
+        }
+        outgoing.send(tables, pool, counters);
+    }
+}
+
+impl Drop for Processor {
+    fn drop(&mut self) {
+        let mut all = self.shared.counters.lock();
+        all.working.retain(|counters| !Arc::ptr_eq(counters, &self.counters));
+        all.retired.absorb(&self.counters);
+    }
+}
+
+/// Takes the outermost tag off if `strip`, then puts `tag` on unless that is [`Tag::NONE`]. `false` without headroom.
+#[inline]
+fn rewrite(frame: &mut Frame, strip: bool, tag: Tag) -> bool {
+    match (strip, tag.is_some()) {
+        (false, false) => true,
+        (true, false) => frame.remove::<4>(12),
+        (false, true) => frame.insert(12, bytes_of(tag)),
+        (true, true) => {
+            let Some(place) = frame.bytes_mut().get_mut(12..16) else { return false };
+            place.copy_from_slice(&bytes_of(tag));
+            true
+        }
+    }
+}
+
+fn bytes_of(tag: Tag) -> [u8; 4] {
+    let ([a, b], [c, d]) = (tag.tpid.to_be_bytes(), tag.tci.to_be_bytes());
+    [a, b, c, d]
+}
+
+/// Where a flooded frame goes.
+#[derive(Debug, Default)]
+struct Copies(Vec<Delivery>);
+
+impl Sink for Copies {
+    fn emit(&mut self, delivery: &Delivery) {
+        self.0.push(*delivery);
+    }
+}
+
+impl Copies {
+    /// Sends a copy to each; the last gets the frame itself.
+    fn send(
+        &mut self,
+        frame: Frame,
+        strip: bool,
+        pool: &mut Pool,
+        outgoing: &mut Outgoing,
+        counters: &Counters,
+    ) {
+        let last = self.0.pop();
+        let send = |copy: Option<Frame>, delivery: Delivery, pool: &mut Pool, outgoing: &mut Outgoing| {
+            // Without a copy there was no memory for it.
+            if let Some(mut copy) = copy {
+                if rewrite(&mut copy, strip, delivery.tag) {
+                    return outgoing.push(delivery.port, copy);
+                }
+                pool.give(copy);
+            }
+            counters.count_drops(delivery.port, DropReason::EgressFailed, 1);
+        };
+        for delivery in self.0.drain(..) {
+            let copy = pool.duplicate(&frame);
+            send(copy, delivery, pool, outgoing);
+        }
+        match last {
+            Some(delivery) => send(Some(frame), delivery, pool, outgoing),
+            None => pool.give(frame),
+        }
+    }
+}
