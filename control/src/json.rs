@@ -58,12 +58,54 @@ pub fn read_config(text: &str) -> Result<v1::Config, ReadError> {
             continue;
         }
         value.apply_merge()?;
-        let part: v1::Config = from_json(plain(value, "")?, "sluice.v1.Config")?;
+        let names = Names::of(&value);
+        let part: v1::Config = plain(value, "")
+            .and_then(|value| from_json(value, "sluice.v1.Config"))
+            .map_err(|error| names.tell(error))?;
         whole.switches.extend(part.switches);
         whole.acl_groups.extend(part.acl_groups);
         whole.vnics.extend(part.vnics);
     }
     Ok(whole)
+}
+
+/// Names of a configuration's resources, by collection and index: people know resources by name, not by place.
+struct Names(Vec<(String, Vec<Option<String>>)>);
+
+impl Names {
+    fn of(config: &serde_yaml_ng::Value) -> Names {
+        use serde_yaml_ng::Value as Yaml;
+        let name = |resource: &Yaml| Some(resource.get("name")?.as_str()?.to_owned());
+        let collections = config.as_mapping().into_iter().flatten().filter_map(|(key, value)| {
+            Some((key.as_str()?.to_owned(), value.as_sequence()?.iter().map(name).collect()))
+        });
+        Names(collections.collect())
+    }
+
+    /// `vnics[1].policy.vlan` as `vnics/vm1: policy.vlan`, like the daemon's violations.
+    fn place(&self, path: &str) -> Option<String> {
+        let (collection, rest) = path.split_once('[')?;
+        let (index, field) = rest.split_once(']')?;
+        let (_, names) = self.0.iter().find(|(known, _)| known == collection)?;
+        let name = names.get(index.parse::<usize>().ok()?)?.as_ref()?;
+        let field = field.strip_prefix('.').unwrap_or(field);
+        Some(if field.is_empty() {
+            format!("{collection}/{name}")
+        } else {
+            format!("{collection}/{name}: {field}")
+        })
+    }
+
+    fn tell(&self, error: ReadError) -> ReadError {
+        let named = |path: String| self.place(&path).unwrap_or(path);
+        match error {
+            ReadError::Value { path, problem } => ReadError::Value { path: named(path), problem },
+            ReadError::UnknownField { path, field, message, meant, known } => {
+                ReadError::UnknownField { path: named(path), field, message, meant, known }
+            }
+            error @ ReadError::Yaml(_) => error,
+        }
+    }
 }
 
 /// YAML values as JSON values.
@@ -285,9 +327,11 @@ vnics:
     fn an_unknown_field_is_named_with_its_path_and_what_was_meant() {
         let text = complaint("vnics: [{name: a}, {name: b, policy: {ipGaurd: [10.0.0.1]}}]");
         assert!(
-            text.starts_with("vnics[1].policy: unknown field `ipGaurd` in Policy; did you mean `ipGuard`?"),
+            text.starts_with("vnics/b: policy: unknown field `ipGaurd` in Policy; did you mean `ipGuard`?"),
             "{text}"
         );
+        let text = complaint("vnics: [{name: a}, {name: b, colour: green}]");
+        assert!(text.starts_with("vnics/b: unknown field `colour`"), "{text}");
         let text = complaint("vms: []");
         assert!(text.starts_with("top level: unknown field `vms`"), "{text}");
     }
@@ -297,7 +341,14 @@ vnics:
         let text = complaint("vnics: [{policy: {vlan: {access: ten}}}]");
         assert!(text.starts_with("vnics[0].policy.vlan.access: "), "{text}");
         let text = complaint("vnics: [{hook: fast}]");
-        assert_eq!(text, "vnics[0].hook: `fast` is not one of AUTO, TCX, XDP");
+        assert_eq!(text, "vnics[0].hook: `fast` is not one of AUTO, TCX, XDP", "it has no name");
+        let rule = "{priority: 1, direction: SIDEWAYS}";
+        let text = complaint(&format!("aclGroups: [{{name: a}}, {{name: web, rules: [{{}}, {rule}]}}]"));
+        assert!(text.starts_with("aclGroups/web: rules[1].direction: `SIDEWAYS` is not"), "{text}");
+        let text = complaint("vnics: [{name: a, 7: b}]");
+        assert!(text.starts_with("vnics/a: ") && text.contains("not the name of a field"), "{text}");
+        let text = complaint("vnics: [{name: [x], hook: fast}, {name: a, policy: {vlan: {access: ten}}}]");
+        assert!(text.starts_with("vnics[0].hook: "), "{text}");
         let text = complaint("vnics: {name: a}");
         assert_eq!(text, "vnics: expected a list, found a mapping");
         let text = complaint("vnics: [{policy: {vlan: {access: 1, tunnel: 2}}}]");
