@@ -331,4 +331,4 @@ impl Sluice for Api {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

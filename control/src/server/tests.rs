@@ -25,15 +25,15 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const BLUE: &str = "switches: [{name: blue, uplink: {netdev: up0}}]";
 
 /// A served API; everything ends with it.
-struct Bench {
+pub(crate) struct Bench {
     dir: tempfile::TempDir,
     engine: FakeEngine,
-    handle: Handle,
+    pub(crate) handle: Handle,
     _stop: tokio::sync::oneshot::Sender<()>,
 }
 
 impl Bench {
-    async fn start() -> Bench {
+    pub(crate) async fn start() -> Bench {
         let dir = tempfile::tempdir().expect("a directory");
         let engine = FakeEngine::with_netdevs(&["up0", "p1"]);
         let (state_dir, runtime_dir) = (dir.path().join("state"), dir.path().join("run"));
@@ -58,12 +58,20 @@ impl Bench {
         Bench { dir, engine, handle, _stop: stop }
     }
 
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.dir.path().join("socket")
+    }
+
+    pub(crate) async fn apply(&self, yaml: &str) {
+        self.client().await.apply(apply(yaml)).await.expect("applied");
+    }
+
     async fn channel(&self) -> Channel {
-        channel(&self.dir.path().join("socket")).await.expect("connected")
+        channel(&self.socket()).await.expect("connected")
     }
 
     async fn client(&self) -> SluiceClient<Channel> {
-        connect(&self.dir.path().join("socket")).await.expect("connected")
+        connect(&self.socket()).await.expect("connected")
     }
 }
 
