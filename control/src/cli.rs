@@ -1,7 +1,7 @@
 //! The command line `sluice`: one request per call, printed as a table, JSON or YAML.
 //!
-//! Exit codes: 0 done, 1 refused or failed (also: a trace whose two sides differ, a doctor who found a problem), 2 wrong
-//! usage.
+//! Exit codes: 0 done, 1 refused or failed (also: a trace whose two sides differ, a doctor who found a problem, a VF that
+//! is still held after a revoke, a ticket that nobody awaits), 2 wrong usage.
 
 pub(crate) mod client;
 mod commands;
@@ -9,13 +9,18 @@ mod input;
 mod output;
 pub mod packet;
 mod render;
+mod target;
+#[cfg(test)]
+mod tests;
+mod vf;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
-use output::Output;
+use output::{Intent, Output};
+use target::{KindWord, VnicArgs};
 
 /// Controls the software switch `sluiced` of this host.
 #[derive(Debug, Parser)]
@@ -54,36 +59,40 @@ enum Command {
     Apply(FileArgs),
     /// Show what an apply would change.
     Plan(PlanArgs),
-    /// Delete a resource. Refused while others refer to it.
+    /// Delete resources: all of them, or none. Refused while others refer to one.
     Delete {
-        /// switch, aclGroup or vnic.
+        /// Kind of the resources, or the first of them as KIND/NAME.
+        #[arg(value_parser = KindWord(&["switch", "aclGroup", "vnic"]))]
         kind: String,
-        /// Its name.
-        name: String,
-        /// Do it only if the resource is at this revision.
+        /// Their names, or further KIND/NAME.
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+        /// Do it only if the resource, just one, is at this revision.
         #[arg(long, value_name = "N")]
         revision: Option<u64>,
     },
-    /// Show resources with their status.
+    /// Show resources with their status; of a single one, also its path or its NIC.
     Get {
-        /// switch, aclGroup, vnic, or all.
+        /// Kind of the resources, all of them, or the first as KIND/NAME.
+        #[arg(value_parser = KindWord(&["switch", "aclGroup", "vnic", "all"]))]
         kind: String,
-        /// Only this one.
-        name: Option<String>,
+        /// Only these; or further KIND/NAME.
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
         /// Print what is desired only, ready to be applied again (YAML unless -o json).
         #[arg(long)]
         spec: bool,
     },
     /// Show resources and each change of them, until interrupted.
     Watch {
-        /// switch, aclGroup, vnic, or all.
-        #[arg(default_value = "all")]
+        /// Only this kind.
+        #[arg(default_value = "all", value_parser = KindWord(&["switch", "aclGroup", "vnic", "all"]))]
         kind: String,
     },
-    /// Show counters of ports and rules.
+    /// Show counters of ports, rules and VFs.
     Stats {
-        /// `vnic` for one vNIC.
-        #[arg(value_parser = ["vnic"], requires = "name")]
+        /// `vnic` for one vNIC, or the whole as vnic/NAME.
+        #[arg(value_parser = KindWord(&["vnic"]))]
         kind: Option<String>,
         /// Its name.
         name: Option<String>,
@@ -100,6 +109,24 @@ enum Command {
     Trace(TraceArgs),
     /// Examine the host, the daemon and every port.
     Doctor,
+    /// Say which path a vNIC's traffic takes, since when, and why not the other.
+    Explain(VnicArgs),
+    /// Take a vNIC's VF away, and keep it on its software path for a while. Returns when it is there.
+    Revoke(RevokeArgs),
+    /// End what `revoke` began, and any waiting after grants that came to nothing.
+    Release(VnicArgs),
+    /// Answer what is asked of an orchestrator (`attach: {external: {}}`; `sluice get vnic NAME` shows what, and the
+    /// ticket).
+    Acknowledge(AcknowledgeArgs),
+    /// Find out what the NIC of an uplink enforces, by sending frames from a spare VF in a namespace of its own.
+    Probe {
+        /// `uplink`, or the whole as uplink/SWITCH.
+        #[arg(value_parser = KindWord(&["uplink"]))]
+        kind: String,
+        /// Its switch; or its interface, if just one switch has it.
+        #[arg(value_name = "SWITCH")]
+        name: Option<String>,
+    },
     /// Show versions.
     Version,
     /// Print a completion script.
@@ -130,6 +157,50 @@ struct PlanArgs {
 }
 
 #[derive(Debug, ClapArgs)]
+struct RevokeArgs {
+    #[command(flatten)]
+    vnic: VnicArgs,
+    /// Why, for the events and `sluice explain`.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    reason: String,
+    /// How long it stays without a VF; 0: until `sluice release`. A restart of the daemon ends it too. A minute is time to
+    /// begin what needs the VF gone, and nobody has to remember to release it.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    hold: u32,
+}
+
+#[derive(Debug, ClapArgs)]
+struct AcknowledgeArgs {
+    #[command(flatten)]
+    vnic: VnicArgs,
+    /// Ticket of the request.
+    #[arg(long, value_name = "N")]
+    ticket: u64,
+    #[command(flatten)]
+    outcome: OutcomeArgs,
+    /// Packets lost in this transition, if you have seen it.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    lost: u64,
+    /// Packets seen twice.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    duplicated: u64,
+    /// Packets out of order.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    reordered: u64,
+}
+
+#[derive(Debug, ClapArgs)]
+#[group(required = true, multiple = false)]
+struct OutcomeArgs {
+    /// It is done.
+    #[arg(long)]
+    done: bool,
+    /// It cannot be done, and why.
+    #[arg(long, value_name = "TEXT")]
+    refused: Option<String>,
+}
+
+#[derive(Debug, ClapArgs)]
 struct TraceArgs {
     /// The vNIC whose VM sends the packet.
     #[arg(long, value_name = "NAME", required_unless_present = "port", conflicts_with = "port")]
@@ -149,6 +220,17 @@ struct TraceArgs {
     words: Vec<String>,
 }
 
+impl Command {
+    /// What a refusal of it means.
+    fn intent(&self) -> Intent {
+        match self {
+            Command::Apply(_) | Command::Delete { .. } => Intent::Change,
+            Command::Plan(_) => Intent::Plan,
+            _ => Intent::Ask,
+        }
+    }
+}
+
 /// Runs a command.
 pub fn run(cli: Cli) -> ExitCode {
     let output = Output::new(cli.output);
@@ -159,11 +241,12 @@ pub fn run(cli: Cli) -> ExitCode {
             return ExitCode::from(1);
         }
     };
+    let intent = cli.command.intent();
     match runtime.block_on(commands::run(cli, &output)) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(1),
         Err(error) => {
-            output.failure(&error);
+            output.failure(&error, intent);
             ExitCode::from(error.exit_code())
         }
     }

@@ -10,12 +10,13 @@ use tonic::transport::Channel;
 use super::client::{CliError, connect};
 use super::output::Output;
 use super::packet::{self, Builder};
-use super::{Cli, Command, Format, TraceArgs, input, render};
+use super::target::{self, Targets};
+use super::{Cli, Command, Format, TraceArgs, input, render, vf};
 use crate::doctor;
 use crate::json;
 use crate::resource::{Key, Kind};
 
-type Client = SluiceClient<Channel>;
+pub(super) type Client = SluiceClient<Channel>;
 
 /// Runs a command. `false`: it worked, but what it found is bad.
 ///
@@ -38,20 +39,27 @@ pub(super) async fn run(cli: Cli, output: &Output) -> Result<bool, CliError> {
             };
             render::plan(output, &client().await?.plan(request).await?.into_inner())
         }
-        Command::Delete { kind, name, revision } => {
-            let key = Key::new(kind.parse().map_err(usage)?, &name);
-            delete(&mut client().await?, output, key, revision).await
+        Command::Delete { kind, names, revision } => {
+            let keys = match target::targets(&kind, &names)? {
+                Targets::Some(keys) => keys,
+                Targets::All(_) => return Err(usage("say which: KIND NAME…, or KIND/NAME…")),
+            };
+            if revision.is_some() && keys.len() > 1 {
+                return Err(usage("--revision goes with one resource only"));
+            }
+            delete(&mut client().await?, output, keys, revision).await
         }
-        Command::Get { kind, name, spec } => {
-            let kind = wanted(&kind)?;
-            get(&mut client().await?, output, kind, name, spec).await
+        Command::Get { kind, names, spec } => {
+            let targets = target::targets(&kind, &names)?;
+            get(&mut client().await?, output, targets, spec).await
         }
         Command::Watch { kind } => {
             let kind = wanted(&kind)?;
             watch(&mut client().await?, output, kind).await
         }
-        Command::Stats { name, .. } => {
-            let request = v1::GetStatsRequest { vnic: name.unwrap_or_default() };
+        Command::Stats { kind, name } => {
+            let vnic = kind.map(|kind| target::vnic(&kind, name.as_deref())).transpose()?;
+            let request = v1::GetStatsRequest { vnic: vnic.unwrap_or_default() };
             render::stats(output, &client().await?.get_stats(request).await?.into_inner())
         }
         Command::Fdb { switch } => {
@@ -63,6 +71,26 @@ pub(super) async fn run(cli: Cli, output: &Output) -> Result<bool, CliError> {
         }
         Command::Trace(args) => trace(&socket, output, args).await,
         Command::Doctor => examine(&socket, output).await,
+        Command::Explain(vnic) => {
+            let request = v1::ExplainRequest { vnic: vnic.name()? };
+            render::vf::explained(output, &client().await?.explain(request).await?.into_inner())
+        }
+        Command::Revoke(args) => {
+            let request = vf::revoke_request(&args)?;
+            vf::revoke(&mut client().await?, output, request).await
+        }
+        Command::Release(vnic) => {
+            let name = vnic.name()?;
+            vf::release(&mut client().await?, output, name).await
+        }
+        Command::Acknowledge(args) => {
+            let request = vf::acknowledge_request(&args)?;
+            vf::acknowledge(&mut client().await?, output, request).await
+        }
+        Command::Probe { kind, name } => {
+            let name = vf::uplink(&kind, name.as_deref())?;
+            vf::probe(&mut client().await?, output, name).await
+        }
         Command::Version => {
             let request = v1::GetVersionRequest {};
             render::version(output, &client().await?.get_version(request).await?.into_inner())
@@ -77,21 +105,27 @@ pub(super) async fn run(cli: Cli, output: &Output) -> Result<bool, CliError> {
 async fn delete(
     client: &mut Client,
     output: &Output,
-    key: Key,
+    keys: Vec<Key>,
     revision: Option<u64>,
 ) -> Result<bool, CliError> {
-    let expected = revision.map(|revision| (key.to_string(), revision));
+    let expected = keys.first().zip(revision).map(|(key, revision)| (key.to_string(), revision));
     let request = v1::DeleteRequest {
-        resources: vec![v1::ResourceRef { kind: key.kind.singular().to_owned(), name: key.name.clone() }],
+        resources: keys.iter().map(reference).collect(),
         expected_revisions: expected.into_iter().collect(),
     };
     let answer = client.delete(request).await?.into_inner();
-    if output.is_table() {
-        output.line(&format!("{key} deleted (revision {})", answer.revision));
-    } else {
+    if !output.is_table() {
         output.message(&answer, "DeleteResponse")?;
+        return Ok(true);
+    }
+    for key in keys {
+        output.line(&format!("{key} deleted (revision {})", answer.revision));
     }
     Ok(true)
+}
+
+fn reference(key: &Key) -> v1::ResourceRef {
+    v1::ResourceRef { kind: key.kind.singular().to_owned(), name: key.name.clone() }
 }
 
 fn usage(error: impl std::fmt::Display) -> CliError {
@@ -107,22 +141,40 @@ fn wanted(kind: &str) -> Result<String, CliError> {
     Ok(parsed.singular().to_owned())
 }
 
-async fn get(
-    client: &mut Client,
-    output: &Output,
-    kind: String,
-    name: Option<String>,
-    spec: bool,
-) -> Result<bool, CliError> {
-    let single = name.is_some();
-    let answer = match name {
-        Some(name) => {
-            let resource = Some(v1::ResourceRef { kind, name });
-            let answer = client.get(v1::GetRequest { resource }).await?.into_inner();
-            v1::ListResponse { resources: answer.resource.into_iter().collect(), revision: 0 }
+/// The resources asked for, all of one moment.
+async fn find(client: &mut Client, targets: &Targets) -> Result<v1::ListResponse, CliError> {
+    let keys = match targets {
+        Targets::All(kind) => {
+            let kind = kind.map(Kind::singular).unwrap_or_default().to_owned();
+            return Ok(client.list(v1::ListRequest { kind }).await?.into_inner());
         }
-        None => client.list(v1::ListRequest { kind }).await?.into_inner(),
+        Targets::Some(keys) => keys,
     };
+    let mut answer = v1::ListResponse::default();
+    if let [key] = keys.as_slice() {
+        let request = v1::GetRequest { resource: Some(reference(key)) };
+        answer.resources.extend(client.get(request).await?.into_inner().resource);
+        return Ok(answer);
+    }
+    let all = client.list(v1::ListRequest::default()).await?.into_inner();
+    answer.revision = all.revision;
+    for key in keys {
+        let found = all.resources.iter().find(|resource| render::key(resource).as_ref() == Some(key));
+        match found {
+            Some(found) => answer.resources.push(found.clone()),
+            None => {
+                // The daemon has the words for what is missing.
+                let request = v1::GetRequest { resource: Some(reference(key)) };
+                answer.resources.extend(client.get(request).await?.into_inner().resource);
+            }
+        }
+    }
+    Ok(answer)
+}
+
+async fn get(client: &mut Client, output: &Output, targets: Targets, spec: bool) -> Result<bool, CliError> {
+    let answer = find(client, &targets).await?;
+    let single = matches!(&targets, Targets::Some(keys) if keys.len() == 1);
     if spec {
         let mut config = v1::Config::default();
         for resource in answer.resources {
@@ -136,6 +188,9 @@ async fn get(
         output.value(&json::to_json(&config, "sluice.v1.Config"))?;
     } else if output.is_table() {
         render::resources(output, &answer.resources);
+        if single {
+            answer.resources.iter().for_each(|resource| render::vf::details(output, resource));
+        }
     } else if single {
         let resource = answer.resources.into_iter().next().unwrap_or_default();
         output.value(&json::to_json(&resource, "sluice.v1.Resource"))?;

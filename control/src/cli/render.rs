@@ -1,12 +1,17 @@
 //! Answers as tables.
 
+pub(super) mod vf;
+
 use sluice_proto::v1;
 
 use super::client::CliError;
 use super::output::{Output, Tone};
+use crate::resource::{Key, Kind};
 
 /// Most fields of one change that are printed.
 const CELL_MAX: usize = 100;
+/// Where the path stands in a table of resources: behind the state.
+const PATH_COLUMN: usize = 3;
 
 fn short(text: &str) -> String {
     if text.chars().count() <= CELL_MAX {
@@ -82,7 +87,10 @@ pub(super) fn plan(output: &Output, answer: &v1::PlanResponse) -> Result<bool, C
             output.line(&format!("    {text}"));
         }
         for one in &change.uncovered {
-            output.line(&format!("    {}: {}; {}", one.feature, one.text, one.remedy));
+            output.line(&format!("    {}: {}", one.feature, one.text));
+            if !one.remedy.is_empty() {
+                output.line(&format!("      -> {}", one.remedy));
+            }
         }
     }
     Ok(true)
@@ -104,22 +112,39 @@ fn resource_key(resource: &v1::Resource) -> (&'static str, &str, String) {
     }
 }
 
+/// What names a resource; none if it is of a kind that this version does not know.
+pub(super) fn key(resource: &v1::Resource) -> Option<Key> {
+    match resource.spec.as_ref()? {
+        v1::resource::Spec::Switch(spec) => Some(Key::new(Kind::Switch, &spec.name)),
+        v1::resource::Spec::AclGroup(spec) => Some(Key::new(Kind::AclGroup, &spec.name)),
+        v1::resource::Spec::Vnic(spec) => Some(Key::new(Kind::Vnic, &spec.name)),
+    }
+}
+
+fn path(resource: &v1::Resource) -> Option<&v1::PathStatus> {
+    resource.status.as_ref()?.path.as_ref()
+}
+
 fn hooks(port: &v1::PortStatus) -> String {
     let names: Vec<&str> = port.hooks().map(|hook| hook.as_str_name()).collect();
     names.join("+")
 }
 
+/// One line per resource. Paths have a column where there are vNICs.
 pub(super) fn resources(output: &Output, resources: &[v1::Resource]) {
+    let has_paths = resources.iter().any(|resource| path(resource).is_some());
     let rows = resources.iter().map(|resource| {
         let (kind, name, about) = resource_key(resource);
         let (state, tone) = state_word(resource.status.as_ref());
         let ports = resource.status.as_ref().map(|status| status.ports.as_slice()).unwrap_or_default();
         let netdevs: Vec<&str> = ports.iter().map(|port| port.netdev.as_str()).collect();
         let in_use: Vec<String> = ports.iter().map(hooks).filter(|hooks| !hooks.is_empty()).collect();
-        let mut notes: Vec<&str> = resource.status.iter().map(|status| status.message.as_str()).collect();
-        notes.extend(ports.iter().flat_map(|port| port.notes.iter().map(String::as_str)));
+        let path = path(resource);
+        let mut notes: Vec<String> = resource.status.iter().map(|status| status.message.clone()).collect();
+        notes.extend(path.into_iter().flat_map(vf::path_notes));
+        notes.extend(ports.iter().flat_map(|port| port.notes.iter().cloned()));
         notes.retain(|note| !note.is_empty());
-        vec![
+        let mut row = vec![
             kind.to_owned(),
             name.to_owned(),
             output.paint(tone, state),
@@ -128,9 +153,17 @@ pub(super) fn resources(output: &Output, resources: &[v1::Resource]) {
             in_use.join(","),
             resource.revision.to_string(),
             notes.join("; "),
-        ]
+        ];
+        if has_paths {
+            row.insert(PATH_COLUMN, path.map(|path| vf::path_cell(output, path)).unwrap_or_default());
+        }
+        row
     });
-    output.table(&["kind", "name", "state", "spec", "netdev", "hook", "revision", "notes"], rows.collect());
+    let mut headers = vec!["kind", "name", "state", "spec", "netdev", "hook", "revision", "notes"];
+    if has_paths {
+        headers.insert(PATH_COLUMN, "path");
+    }
+    output.table(&headers, rows.collect());
 }
 
 pub(super) fn change(output: &Output, change: &v1::WatchResponse) {
@@ -145,7 +178,11 @@ pub(super) fn change(output: &Output, change: &v1::WatchResponse) {
         v1::watch_response::Kind::Changed => "changed",
         v1::watch_response::Kind::Deleted => "deleted",
     };
-    output.line(&format!("{verb} {kind} {name}: {} ({about})", output.paint(tone, state)));
+    let path = path(resource);
+    let place = path.map(|path| format!(", {}", vf::path_cell(output, path))).unwrap_or_default();
+    let request = path.and_then(|path| path.request.as_ref());
+    let request = request.map(|request| format!("; {}", vf::request(request))).unwrap_or_default();
+    output.line(&format!("{verb} {kind} {name}: {}{place} ({about}){request}", output.paint(tone, state)));
 }
 
 pub(super) fn stats(output: &Output, answer: &v1::GetStatsResponse) -> Result<bool, CliError> {
@@ -192,6 +229,10 @@ pub(super) fn stats(output: &Output, answer: &v1::GetStatsResponse) -> Result<bo
             ]
         });
         output.table(&["group", "rule", "packets", "bytes"], rows.collect());
+    }
+    if !answer.vfs.is_empty() {
+        output.line("");
+        vf::counters(output, &answer.vfs);
     }
     Ok(true)
 }
