@@ -2,11 +2,11 @@
 
 use std::collections::VecDeque;
 
-use sluice_eswitch::contract::Vf;
+use sluice_eswitch::contract::{EswitchError, Vf};
 use sluice_eswitch::lifecycle::{Lifecycle, Path, Timing};
 use sluice_policy::config::{Sriov, Vnic};
 use sluice_policy::image::Backing;
-use sluice_policy::placement::{Capabilities, Program, Uncovered};
+use sluice_policy::placement::{Capabilities, Feature, Program, Uncovered};
 use sluice_proto::v1;
 
 use super::knowledge;
@@ -46,6 +46,8 @@ pub(super) struct Claim {
     pub(super) plug: Box<dyn Plug>,
     pub(super) lifecycle: Lifecycle,
     pub(super) placed: Result<Program, Vec<Uncovered>>,
+    /// What the NIC refused of the last program, though it had promised to take it.
+    pub(super) refused: Option<Uncovered>,
     pub(super) waiting: Option<Waiting>,
     /// What it holds, as it was when it was granted.
     pub(super) vf: Option<Vf>,
@@ -70,6 +72,7 @@ impl Claim {
             plug,
             lifecycle,
             placed: Err(Vec::new()),
+            refused: None,
             waiting: None,
             vf: None,
             backing: None,
@@ -107,8 +110,25 @@ impl Claim {
         self.drifts.iter().filter(recent).count() >= DRIFTS_MAX
     }
 
+    /// Keeps what the NIC's answer says of its abilities.
+    pub(super) fn learn(&mut self, result: &Result<(), EswitchError>) {
+        let remedy = "it is tried again after a while, and at once when the policy changes or `sluice release` is called";
+        self.refused = match result {
+            Ok(()) => None,
+            Err(EswitchError::Uncovered { feature, detail }) => {
+                Some(Uncovered::new(*feature, detail.clone(), remedy))
+            }
+            Err(EswitchError::TableFull { detail }) => {
+                let remedy = "use fewer or simpler ACL rules, or fewer VFs";
+                Some(Uncovered::new(Feature::TableSpace, detail.clone(), remedy))
+            }
+            Err(_) => self.refused.take(),
+        };
+    }
+
     /// Forgets everything that keeps it waiting.
     pub(super) fn forgive(&mut self, now: u64) {
+        self.refused = None;
         self.hold = None;
         self.drifts.clear();
         self.lifecycle.forgive(now);
@@ -226,6 +246,10 @@ impl Claim {
                 around.pf, self.vnic.name
             );
             return plain(Reason::Drifted, message);
+        }
+        if let Some(refused) = &self.refused {
+            let message = format!("{} refused: {}", around.pf, refused.text);
+            return (Reason::Uncovered, message, vec![uncovered_to_proto(refused)]);
         }
         if around.now < self.lifecycle.not_before() {
             let wait = (self.lifecycle.not_before() - around.now).div_ceil(1000);

@@ -206,6 +206,10 @@ impl Manager {
                     self.claims.insert(name.to_owned(), Claim::new(vnic, sriov, plug, lifecycle));
                 }
                 Some(claim) => {
+                    if claim.vnic != *vnic {
+                        claim.refused = None;
+                        claim.lifecycle.forgive(now);
+                    }
                     // Another way into the VM is taken once the VF has left it by the present one.
                     claim.vnic = vnic.clone();
                     claim.sriov.weight = sriov.weight;

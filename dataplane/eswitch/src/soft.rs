@@ -75,6 +75,8 @@ pub struct Soft {
     filter_max: usize,
     filter: BTreeSet<MacAddr>,
     functions: BTreeMap<VfIndex, Function>,
+    /// What it says that it can, and refuses when it comes to it.
+    refuses: Option<Feature>,
     writes: u64,
 }
 
@@ -87,6 +89,7 @@ impl Soft {
             filter_max: usize::MAX,
             filter: BTreeSet::new(),
             functions: BTreeMap::new(),
+            refuses: None,
             writes: 0,
         };
         soft.set_vfs(vfs);
@@ -96,6 +99,11 @@ impl Soft {
     /// Somebody writes `sriov_numvfs`: all VFs go, and new ones come.
     pub fn set_vfs(&mut self, vfs: u16) {
         self.functions = (0..vfs).map(|index| (VfIndex(index), Function::new())).collect();
+    }
+
+    /// Has it refuse every program for this feature, whatever it says that it can; or none.
+    pub const fn refuse(&mut self, feature: Option<Feature>) {
+        self.refuses = feature;
     }
 
     /// Limits the PF's unicast filter.
@@ -203,6 +211,12 @@ impl Eswitch for Soft {
 
     fn program(&mut self, vf: VfIndex, program: &Program) -> Result<(), EswitchError> {
         self.function(vf)?;
+        if let Some(feature) = self.refuses {
+            return Err(EswitchError::Uncovered {
+                feature,
+                detail: "the model was told to refuse it".into(),
+            });
+        }
         match (program, self.capabilities.mode) {
             (Program::Legacy(settings), Mode::Legacy) => {
                 self.check_knobs(settings)?;

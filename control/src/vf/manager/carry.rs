@@ -75,6 +75,9 @@ impl Manager {
                 };
                 let claim = self.claims.get_mut(name)?;
                 let is_draining = claim.lifecycle.path() == Path::Draining;
+                if let Action::Program { .. } = action {
+                    claim.learn(&result);
+                }
                 match &action {
                     Action::Close(_) if is_draining && result.is_ok() && is_in_use(claim) => {
                         claim.dark_since.get_or_insert(now);

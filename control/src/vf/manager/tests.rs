@@ -387,3 +387,20 @@ fn a_refuted_ability_is_not_counted_on_unless_attested() {
     let path = bench.path("vm1");
     assert_eq!((path.path(), path.attested), (At::Hardware, vec!["macGuard".to_owned()]));
 }
+
+#[test]
+fn what_the_nic_refuses_in_spite_of_its_promise_is_named() {
+    let mut bench = Bench::new(1);
+    // It says that it can, and cannot.
+    bench.nic.with(|soft| soft.refuse(Some(sluice_policy::placement::Feature::AccessVlan)));
+    bench.apply(&[vnic(1, CLAIM)]);
+    bench.run(300);
+    let path = bench.path("vm1");
+    assert_eq!((path.path(), path.reason()), (At::Software, Reason::Uncovered), "{}", path.message);
+    assert_eq!(path.uncovered[0].feature, "vlan-access");
+    assert!(!bench.is_open(0));
+    bench.nic.with(|soft| soft.refuse(None));
+    bench.manager.release(bench.now, "vm1");
+    bench.run(300);
+    assert_eq!(bench.path("vm1").path(), At::Hardware);
+}
