@@ -1,1 +1,53 @@
 //! vhost-user: guest rings served directly, guest memory shared with the VMM.
+//!
+//! ```text
+//!   VMM ── unix socket ──▶ session, device        one thread per port; changes queues under their locks
+//!                             │
+//!   guest memory ◀──────── queue, live ◀──────── FromGuest, ToGuest        workers, one batch per lock
+//! ```
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`memory`], `sigbus` | the guest's memory, mapped; what happens when it goes away |
+//! | `ring`, `chain` | split virtqueues and descriptor chains, with every index checked |
+//! | `header` | the virtio-net header, with every claim checked |
+//! | `live`, `queue` | the data path; a queue's life |
+//! | `inflight`, `log` | what a crash must not lose; what a migration must not miss |
+//! | `wire`, `payload`, `device`, `session` | the protocol |
+//! | [`port`], `queues` | what the rest of the engine sees |
+//! | [`driver`] | a guest's side of all this, for tests and benches |
+
+//!
+//! A guest is believed nothing. What it does wrong ends in a [`FrameFault`], which costs it a frame, or a [`QueueError`], which
+//! costs it the queue until it sets it up anew; both are counted, and neither reaches another port.
+//!
+//! Not served: packed rings, which are not offered; the control queue, which the front-end keeps; post-copy migration.
+
+mod chain;
+mod counters;
+mod device;
+pub mod driver;
+mod error;
+pub mod features;
+mod header;
+mod inflight;
+mod live;
+mod log;
+pub mod memory;
+mod notify;
+mod payload;
+pub mod port;
+mod queue;
+mod queues;
+mod ring;
+mod session;
+mod sigbus;
+#[cfg(test)]
+mod tests;
+mod wire;
+
+pub use counters::QueueCounters;
+pub use error::{FrameFault, MemoryError, QueueError, RequestError, SetupError};
+pub use port::{Mode, OpenError, Port, PortConfig, PortEvent, QueueStatus, Status};
+pub use queue::QueueState;
+pub use queues::{FromGuest, ToGuest};

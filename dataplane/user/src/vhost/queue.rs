@@ -1,0 +1,344 @@
+//! One virtqueue: what the front-end has set of it, and, while that is complete, the [`Live`] queue that serves it.
+//!
+//! | the front-end … | the queue |
+//! |---|---|
+//! | has given memory, size, addresses and a kick, and enabled it | is served |
+//! | changes any of these while it is served | goes on from where it stands, with the new ones |
+//! | asks for its base, resets, or goes away | stops, after it has shown the driver all that was done |
+//!
+//! A driver that breaks the rules stops its queue; it is served again once the front-end sets it up anew, as it does when the
+//! guest resets the device.
+//!
+//! A queue is behind a lock. The session holds it to change something, a worker for one batch.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::event::epoll;
+
+use super::chain::Direction;
+use super::counters::Counters;
+use super::error::{QueueError, RequestError, SetupError};
+use super::features::Features;
+use super::inflight::InflightArea;
+use super::live::{Live, Position, Terms};
+use super::log::DirtyLog;
+use super::memory::GuestMemory;
+use super::notify::EventFd;
+use super::ring::{MAX_SIZE, RingAddresses, SplitRing};
+use crate::frame::{Frame, Pool};
+use crate::port::{Accepts, Batch};
+
+/// How the driver says that it made buffers available.
+#[derive(Debug)]
+pub(super) enum Kick {
+    /// By an eventfd.
+    Event(EventFd),
+    /// Not at all: the ring has to be polled.
+    Polled,
+}
+
+/// What all queues of a device share.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Common {
+    pub(super) memory: Arc<GuestMemory>,
+    pub(super) features: Features,
+    pub(super) log: Option<Arc<DirtyLog>>,
+    pub(super) inflight: Option<InflightArea>,
+}
+
+/// What a queue is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum QueueState {
+    /// Not set up, or not enabled.
+    #[default]
+    Idle,
+    /// Served.
+    Running,
+    /// Stopped for what the driver did.
+    Stopped(QueueError),
+}
+
+#[derive(Debug)]
+pub(super) struct Queue {
+    index: usize,
+    direction: Direction,
+    /// Longest frame that is not a super-frame.
+    longest_frame: usize,
+    common: Common,
+    size: u16,
+    addresses: Option<RingAddresses>,
+    /// Where the front-end says to begin.
+    base: u16,
+    /// Where an interrupted queue goes on.
+    position: Option<Position>,
+    kick: Option<Kick>,
+    call: Option<EventFd>,
+    error: Option<EventFd>,
+    is_enabled: bool,
+    live: Option<Live>,
+    fault: Option<QueueError>,
+    /// Readable when the guest kicks; it outlives the kick descriptors, which come and go with the guest.
+    event: Arc<OwnedFd>,
+}
+
+impl Queue {
+    pub(super) fn new(index: usize, longest_frame: usize) -> Result<Self, rustix::io::Errno> {
+        Ok(Self {
+            index,
+            // Of each pair, the first is the driver's receive queue.
+            direction: if index.is_multiple_of(2) { Direction::ToGuest } else { Direction::FromGuest },
+            longest_frame,
+            common: Common::default(),
+            size: 0,
+            addresses: None,
+            base: 0,
+            position: None,
+            kick: None,
+            call: None,
+            error: None,
+            is_enabled: false,
+            live: None,
+            fault: None,
+            event: Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?),
+        })
+    }
+
+    pub(super) fn state(&self) -> QueueState {
+        match (self.fault, &self.live) {
+            (Some(fault), _) => QueueState::Stopped(fault),
+            (None, Some(_)) => QueueState::Running,
+            (None, None) => QueueState::Idle,
+        }
+    }
+
+    pub(super) fn event(&self) -> &Arc<OwnedFd> {
+        &self.event
+    }
+
+    /// What the guest, or we, take; nothing while the queue is not served.
+    pub(super) fn accepts(&self) -> Option<Accepts> {
+        self.live.as_ref().map(Live::accepts)
+    }
+
+    // What the session does.
+
+    /// Stops the service, to be gone on with later; the driver is told of all that was done.
+    fn pause(&mut self, counters: &Counters) {
+        let Some(mut live) = self.live.take() else { return };
+        live.notify(self.call.as_ref(), counters);
+        // Nothing of the ring is of use once the memory behind it went.
+        self.position = Some(live.position());
+        drop(live.into_inflight());
+    }
+
+    /// Serves the queue, if everything for it is there.
+    fn start(&mut self) -> Result<(), RequestError> {
+        let Some(addresses) = self.addresses else { return Ok(()) };
+        let memory = &self.common.memory;
+        if !self.is_enabled || self.kick.is_none() || self.size == 0 || memory.is_empty() {
+            return Ok(());
+        }
+        if self.fault.is_some() {
+            return Ok(());
+        }
+        let ring = SplitRing::new(memory, &addresses, self.size)?;
+        let used = ring.used_index();
+        // The queue gives chains back in the order in which it takes them, and none stays with it between batches: whatever the base,
+        // the used index says how far it got. A front-end that lost the back-end knows no better base.
+        let position = self.position.unwrap_or(Position { available: used, used });
+        let mut left = Vec::new();
+        let area = self.common.inflight.as_ref();
+        let mut inflight = area.map(|area| area.queue(self.index, self.size)).transpose()?.flatten();
+        let mut available = position.available;
+        if let Some(inflight) = &mut inflight {
+            left = inflight.recover(position.used)?;
+            if self.position.is_none() {
+                available = used.wrapping_add(left.len() as u16);
+            }
+        }
+        let terms = Terms {
+            direction: self.direction,
+            features: self.common.features,
+            longest_frame: self.longest_frame,
+            inflight,
+            log: self.common.log.clone().map(|log| (log, addresses.log)),
+        };
+        let mut live =
+            Live::new(ring, Arc::clone(memory), Position { available, used: position.used }, terms);
+        live.resume(left);
+        self.live = Some(live);
+        // Whoever sleeps on the queue looks at it now, and whoever waits in the guest does too: notifications may have been lost.
+        if let Some(Kick::Event(kick)) = &self.kick {
+            kick.signal();
+        }
+        if let Some(call) = &self.call {
+            call.signal();
+        }
+        Ok(())
+    }
+
+    /// Changes something and goes on.
+    fn change(&mut self, counters: &Counters, change: impl FnOnce(&mut Self)) -> Result<(), RequestError> {
+        self.pause(counters);
+        change(self);
+        self.start()
+    }
+
+    /// Takes what all queues share.
+    pub(super) fn set_common(&mut self, common: Common, counters: &Counters) -> Result<(), RequestError> {
+        self.change(counters, |queue| queue.common = common)
+    }
+
+    pub(super) fn set_size(&mut self, size: u32, counters: &Counters) -> Result<(), RequestError> {
+        if !size.is_power_of_two() || size > MAX_SIZE {
+            return Err(SetupError::Size(size).into());
+        }
+        self.change(counters, |queue| queue.size = size as u16)
+    }
+
+    /// A driver that broke the rules gets a new chance with new addresses.
+    pub(super) fn set_addresses(
+        &mut self,
+        addresses: RingAddresses,
+        counters: &Counters,
+    ) -> Result<(), RequestError> {
+        self.change(counters, |queue| {
+            if queue.fault.take().is_some() {
+                queue.position = None;
+            }
+            queue.addresses = Some(addresses);
+        })
+    }
+
+    pub(super) fn set_base(&mut self, base: u16, counters: &Counters) -> Result<(), RequestError> {
+        self.change(counters, |queue| {
+            queue.base = base;
+            queue.position = None;
+        })
+    }
+
+    pub(super) fn set_kick(&mut self, kick: Kick, counters: &Counters) -> Result<(), RequestError> {
+        self.pause(counters);
+        self.forget_kick();
+        if let Kick::Event(event) = &kick {
+            let data = epoll::EventData::new_u64(0);
+            epoll::add(&*self.event, event, data, epoll::EventFlags::IN)?;
+        }
+        self.kick = Some(kick);
+        self.start()
+    }
+
+    pub(super) fn set_call(&mut self, call: Option<EventFd>) {
+        self.call = call;
+        // What was notified by the old one may not have been seen.
+        if let (Some(call), Some(_)) = (&self.call, &self.live) {
+            call.signal();
+        }
+    }
+
+    pub(super) fn set_error(&mut self, error: Option<EventFd>) {
+        self.error = error;
+    }
+
+    pub(super) fn set_enabled(&mut self, is_enabled: bool, counters: &Counters) -> Result<(), RequestError> {
+        if is_enabled == self.is_enabled {
+            return Ok(());
+        }
+        self.change(counters, |queue| queue.is_enabled = is_enabled)
+    }
+
+    /// Ends the service until the next kick descriptor; answers where to go on.
+    pub(super) fn stop(&mut self, counters: &Counters) -> u16 {
+        self.pause(counters);
+        self.forget_kick();
+        self.call = None;
+        self.fault = None;
+        if let Some(position) = self.position.take() {
+            self.base = position.available;
+        }
+        self.base
+    }
+
+    /// Forgets all that the front-end has set.
+    pub(super) fn reset(&mut self, counters: &Counters) {
+        self.stop(counters);
+        self.common = Common::default();
+        self.size = 0;
+        self.addresses = None;
+        self.base = 0;
+        self.error = None;
+        self.is_enabled = false;
+    }
+
+    fn forget_kick(&mut self) {
+        if let Some(Kick::Event(event)) = self.kick.take() {
+            // The other side holds the eventfd too: closing ours would not take it out.
+            let _ = epoll::delete(&*self.event, &event);
+        }
+    }
+
+    // What a worker does.
+
+    /// Takes frames from the guest.
+    #[inline]
+    pub(super) fn receive(&mut self, pool: &mut Pool, batch: &mut Batch, counters: &Counters) {
+        let Some(live) = &mut self.live else { return };
+        let result = live.receive(pool, batch, counters);
+        live.notify(self.call.as_ref(), counters);
+        if let Err(fault) = result {
+            self.break_off(fault, counters);
+        }
+    }
+
+    /// Puts frames into the guest; answers how many. None if nobody serves the queue.
+    #[inline]
+    pub(super) fn deliver(&mut self, frames: &[Frame], counters: &Counters) -> Option<usize> {
+        let live = self.live.as_mut()?;
+        let mut sent = 0;
+        if let Err(fault) = live.deliver(frames, counters, &mut sent) {
+            self.break_off(fault, counters);
+        }
+        Some(sent)
+    }
+
+    /// Notifies the guest of what was put into it.
+    #[inline]
+    pub(super) fn notify(&mut self, counters: &Counters) {
+        if let Some(live) = &mut self.live {
+            live.notify(self.call.as_ref(), counters);
+        }
+    }
+
+    /// Asks the guest for kicks; `false` if something is there already.
+    pub(super) fn arm(&mut self) -> bool {
+        match (&mut self.live, &self.kick) {
+            // A guest that does not kick has to be polled.
+            (Some(_), Some(Kick::Polled)) => false,
+            (Some(live), _) => live.arm(),
+            (None, _) => true,
+        }
+    }
+
+    /// Asks the guest for no kicks, and forgets those that came.
+    pub(super) fn disarm(&mut self) {
+        if let Some(Kick::Event(event)) = &self.kick {
+            event.drain();
+        }
+        if let Some(live) = &mut self.live {
+            live.disarm();
+        }
+    }
+
+    /// The driver broke the rules: it gets no further service, and is told so if it wants to know.
+    #[cold]
+    fn break_off(&mut self, fault: QueueError, counters: &Counters) {
+        self.pause(counters);
+        self.fault = Some(fault);
+        counters.stopped();
+        if let Some(error) = &self.error {
+            error.signal();
+        }
+        tracing::warn!(queue = self.index, %fault, "a virtqueue is stopped for what its driver did");
+    }
+}

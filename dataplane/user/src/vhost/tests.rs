@@ -1,0 +1,6 @@
+mod data;
+mod garbage;
+mod hostile;
+mod inflight;
+mod protocol;
+mod setup;
