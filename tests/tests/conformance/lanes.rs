@@ -19,6 +19,8 @@ use sluice_policy::lower;
 use sluice_policy::oracle::{self, Outcome, State};
 use sluice_policy::sim::{Simulator, TagPlace};
 use sluice_tests::Tap;
+use sluice_user::memory::Probe;
+use sluice_user::port::Accepts;
 
 use crate::case::{Case, Setting};
 use crate::datapath::Datapath;
@@ -51,6 +53,7 @@ struct Effect {
 #[derive(Debug, Default)]
 pub(crate) struct Report {
     pub(crate) cases: u64,
+    user: u64,
     tc: u64,
     xdp: u64,
     xdp_deferred: u64,
@@ -67,6 +70,8 @@ pub(crate) struct Lanes {
     pins: PathBuf,
     engine: Option<Engine>,
     datapath: Datapath,
+    /// The userspace engine.
+    user: Probe,
     taps: Vec<Tap>,
     ids: Ids,
     image: Image,
@@ -100,6 +105,7 @@ impl Lanes {
             pins,
             engine: Some(engine),
             datapath,
+            user: Probe::new()?,
             taps,
             ids: Ids::default(),
             image: Image::default(),
@@ -163,6 +169,8 @@ impl Lanes {
         }
         let again = engine.sync(&self.image)?;
         ensure!(again.writes.total() == 0, "a second sync wrote: {:?}", again.writes);
+        let attached = self.tap_of.keys().copied().collect();
+        self.user.configure(&self.image, &attached, Accepts::default())?;
         self.drops_before.clear();
         self.drops_expected.clear();
         for &id in self.ports.values() {
@@ -210,6 +218,8 @@ impl Lanes {
             })?;
         }
 
+        self.user(setting, case, ingress, &outcome)?;
+
         let Some(&tap) = self.tap_of.get(&ingress) else {
             return Ok(()); // no interface, so no frame can come from it
         };
@@ -219,6 +229,17 @@ impl Lanes {
         self.tc(setting, case, ingress, tap, &outcome, &expected)?;
         self.xdp(setting, case, ingress, tap, &outcome, &expected)?;
         self.wire(setting, case, ingress, tap, &outcome, &expected)
+    }
+
+    /// The userspace engine, through ports in memory. Like the kernel engine, it goes from configuration to configuration.
+    fn user(&mut self, setting: &Setting, case: &Case, ingress: u32, outcome: &Outcome) -> Result<()> {
+        self.user.adopt(&self.ids, &setting.scenario.state);
+        let observed = self.user.run(ingress, &case.frame)?;
+        conformance::compare(&setting.scenario.config, &self.ids, &case.ingress, outcome, &observed)
+            .map_err(|difference| anyhow!("the userspace engine disagrees with the oracle: {difference}"))?;
+        ensure!(self.user.outstanding() == 0, "the userspace engine has lost a frame");
+        self.report.user += 1;
+        Ok(())
     }
 
     fn tc(
@@ -486,6 +507,7 @@ impl Report {
     /// A run that compared too little proves too little.
     pub(crate) fn must_have_seen_enough(&self) -> Result<()> {
         let share = |part: u64, percent: u64| part * 100 >= self.cases * percent;
+        ensure!(share(self.user, 100), "only {} of {} cases went through user space", self.user, self.cases);
         ensure!(share(self.tc, 60), "only {} of {} cases went through sluice_tc", self.tc, self.cases);
         ensure!(share(self.xdp, 60), "only {} of {} cases went through sluice_xdp", self.xdp, self.cases);
         ensure!(share(self.wire, 60), "only {} of {} cases went over the wire", self.wire, self.cases);
@@ -501,7 +523,8 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "sluice_tc {}; sluice_xdp {} ({} left to TCX, {} redirected); wire {} ({} with XDP, {} frames out); {} tagged out",
+            "user space {}; sluice_tc {}; sluice_xdp {} ({} left to TCX, {} redirected); wire {} ({} with XDP, {} frames out); {} tagged out",
+            self.user,
             self.tc,
             self.xdp,
             self.xdp_deferred,

@@ -3,6 +3,7 @@
 //! A seed makes configurations, and for each a state and frames. Each case goes through
 //! - the oracle, which says what must happen;
 //! - native `decide`, with the outermost tag in the bytes and beside them, and as XDP sees it;
+//! - the userspace engine, between ports in memory;
 //! - `sluice_tc` under `BPF_PROG_TEST_RUN` (floods really leave, through taps);
 //! - `sluice_xdp` under `BPF_PROG_TEST_RUN`;
 //! - the wire: the frame is written to a tap, as a VM would send it, and whatever comes out of all taps is read. On half
