@@ -4,10 +4,12 @@
 //! be, moves its interface into a network namespace of its own, and sends frames of an experimental ethertype to the
 //! PF's own address: the eSwitch loops them, and a packet socket on the PF that takes nothing else listens. With each
 //! frame that should be stopped go frames that should pass, before and after it. So silence proves something only while
-//! the others are heard; otherwise the finding is *inconclusive*.
+//! the others are heard; otherwise the finding is *inconclusive*. Whether the NIC stops a VF's own tags takes a witness,
+//! since a PF does not hear VLANs that it did not ask for, and silence there would prove nothing: a second spare VF, if
+//! there is one.
 //!
 //! # What others notice
-//! Nothing is changed but the spare VF, and the VLANs that the PF receives, by two for the time of the probe. The VF is
+//! Nothing is changed but the spare VFs, and the VLANs that the PF receives, by two for the time of the probe. VFs are
 //! given back closed and clean, whatever happens. Some frames are meant for nobody and leave by the wire: a handful of
 //! the experimental ethertype, tagged with the VLANs that the probe was given and untagged. At most 400 Mbit/s are
 //! sent, for less than two seconds, to the PF.
@@ -32,7 +34,7 @@ use sluice_policy::config::Attestable;
 use sluice_policy::net::VlanId;
 use sluice_policy::placement::{Capabilities, Evidence, Mode, VfSettings};
 
-use crate::contract::{Enforced, EswitchError, VfIndex};
+use crate::contract::{Enforced, EswitchError, Vf, VfIndex};
 use crate::lifecycle::Action;
 use crate::lifecycle::execute::execute;
 use crate::netlink::Refusal;
@@ -169,22 +171,34 @@ impl ProbeError {
     }
 }
 
-/// Finds out what the NIC enforces, with a spare VF, and with `vlan` and the one behind it as VLANs that nobody uses.
+/// Finds out what the NIC enforces, with a spare VF (and another one that nobody uses, if there is one), and with `vlan`
+/// and the one behind it as VLANs that nobody uses.
 ///
 /// # Errors
-/// When there is nothing to be found out, or no way to. The VF is clean then, too, except after
+/// When there is nothing to be found out, or no way to. The VFs are clean then, too, except after
 /// [`ProbeError::NotClean`].
 pub fn probe(nic: &mut dyn Nic, vf: VfIndex, vlan: VlanId) -> Result<ProbeReport, ProbeError> {
     if nic.mode() != Mode::Legacy {
         return Err(ProbeError::NotLegacy(nic.netdev().to_owned()));
     }
-    refuse_if_in_use(nic, vf)?;
+    let vfs = nic.eswitch().vfs()?;
+    let subject = vfs.iter().find(|one| one.index == vf).ok_or(EswitchError::NoSuchVf(vf))?;
+    if let Some(occupant) = occupant(nic, subject)? {
+        return Err(ProbeError::InUse(occupant));
+    }
+    let mut witness = None;
+    for other in vfs.iter().rev().filter(|one| one.index != vf) {
+        if witness.is_none() && occupant(nic, other)?.is_none() {
+            witness = Some(other.index);
+        }
+    }
     let capabilities = nic.eswitch().capabilities()?;
-    let judged = run(nic, &Action::Close(vf))
-        .and_then(|()| run(nic, &Action::Clean(vf)))
+    let spare = || std::iter::once(vf).chain(witness);
+    let judged = spare()
+        .try_for_each(|vf| clean(nic, vf))
         .map_err(ProbeError::from)
-        .and_then(|()| Judge::open(nic, vf, vlan, capabilities)?.judge());
-    let cleaned = run(nic, &Action::Close(vf)).and_then(|()| run(nic, &Action::Clean(vf)));
+        .and_then(|()| Judge::open(nic, vf, witness, vlan, capabilities)?.judge());
+    let cleaned = spare().map(|vf| clean(nic, vf)).fold(Ok(()), Result::and);
     match (judged, cleaned) {
         (Ok(findings), Ok(())) => Ok(ProbeReport { identity: nic.identity().clone(), vf, findings }),
         (Err(error), Ok(())) => Err(error),
@@ -195,23 +209,24 @@ pub fn probe(nic: &mut dyn Nic, vf: VfIndex, vlan: VlanId) -> Result<ProbeReport
     }
 }
 
+fn clean(nic: &mut dyn Nic, vf: VfIndex) -> Result<(), EswitchError> {
+    run(nic, &Action::Close(vf)).and_then(|()| run(nic, &Action::Clean(vf)))
+}
+
 fn run(nic: &mut dyn Nic, action: &Action) -> Result<(), EswitchError> {
     execute(nic.eswitch(), action).unwrap_or(Ok(()))
 }
 
-/// A VF with an address is programmed by somebody; one that is bound or up is used.
-fn refuse_if_in_use(nic: &mut dyn Nic, vf: VfIndex) -> Result<(), ProbeError> {
-    let vfs = nic.eswitch().vfs()?;
-    let found = vfs.iter().find(|one| one.index == vf).ok_or(EswitchError::NoSuchVf(vf))?;
-    if let Some(occupant) = usage::occupant(found) {
-        return Err(ProbeError::InUse(occupant));
+/// Who uses a VF, if somebody does. One with settings is programmed by somebody; one that is bound or up is used.
+fn occupant(nic: &mut dyn Nic, vf: &Vf) -> Result<Option<String>, EswitchError> {
+    if let Some(occupant) = usage::occupant(vf) {
+        return Ok(Some(occupant));
     }
-    let observed = nic.eswitch().read_back(vf)?;
-    let is_plain = match observed.enforced {
+    let is_plain = match nic.eswitch().read_back(vf.index)?.enforced {
         Enforced::Legacy(settings) => VfSettings { spoofchk: false, ..settings } == VfSettings::default(),
         Enforced::Switchdev { program, .. } => program.rules().is_empty(),
     };
-    if is_plain { Ok(()) } else { Err(ProbeError::InUse(format!("{vf} has settings of somebody"))) }
+    Ok((!is_plain).then(|| format!("{} has settings of somebody", vf.index)))
 }
 
 #[cfg(test)]

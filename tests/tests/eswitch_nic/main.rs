@@ -8,6 +8,7 @@
 mod change;
 mod modes;
 mod notices;
+mod probing;
 
 use std::fs;
 use std::path::PathBuf;

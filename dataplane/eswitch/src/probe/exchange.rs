@@ -12,7 +12,7 @@ use super::packet::{ETHERTYPE, Packets};
 const FRAME_MIN: usize = 60;
 pub(super) const FRAME_MAX: usize = 1514;
 /// Time for stragglers, after the last frame that was waited for.
-const GRACE: Duration = Duration::from_millis(50);
+const GRACE: Duration = Duration::from_millis(100);
 /// Longest wait between two looks.
 const LOOK: Duration = Duration::from_millis(20);
 const TPID: u16 = 0x8100;

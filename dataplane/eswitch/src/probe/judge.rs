@@ -8,14 +8,17 @@ use std::time::{Duration, Instant};
 
 use sluice_policy::config::Attestable;
 use sluice_policy::net::{MacAddr, VlanId};
-use sluice_policy::placement::{Capabilities, Evidence, PortVlan, VfIndex, VfSettings, VlanProtocol};
+use sluice_policy::placement::{
+    Capabilities, Evidence, PortVlan, Program, VfIndex, VfSettings, VlanProtocol,
+};
 
 use super::exchange::{Heard, Nonce, Note, drain, listen, send};
 use super::packet::Packets;
 use super::room::Room;
 use super::station::Station;
-use super::{Finding, ProbeError, Verdict, rate};
+use super::{Finding, ProbeError, Verdict, rate, run};
 use crate::contract::EswitchError;
+use crate::lifecycle::Action;
 use crate::nic::{Nic, usage};
 
 /// Rounds of frames that should pass and frames that should not.
@@ -38,13 +41,18 @@ const LOAD: u8 = 7;
 pub(super) struct Judge<'a> {
     nic: &'a mut dyn Nic,
     vf: VfIndex,
+    /// Another spare VF, to hear whether tags pass.
+    witness: Option<VfIndex>,
     capabilities: Capabilities,
     room: Room,
+    /// One of its own for the witness, as both interfaces may have been given the same name.
+    witness_room: Room,
     pf: Packets,
     pf_mac: MacAddr,
-    /// The VF's address, and one that it does not have.
+    /// The VF's address, one that it does not have, and that of the witness.
     own: MacAddr,
     foreign: MacAddr,
+    witness_mac: MacAddr,
     vlan: VlanId,
     other_vlan: VlanId,
     nonce: Nonce,
@@ -84,6 +92,7 @@ impl<'a> Judge<'a> {
     pub(super) fn open(
         nic: &'a mut dyn Nic,
         vf: VfIndex,
+        witness: Option<VfIndex>,
         vlan: VlanId,
         capabilities: Capabilities,
     ) -> Result<Judge<'a>, ProbeError> {
@@ -95,9 +104,9 @@ impl<'a> Judge<'a> {
         let gone = || EswitchError::DeviceGone { detail: format!("{netdev} is not there") };
         let pf_mac = read("address").and_then(|text| text.trim().parse().ok()).ok_or_else(gone)?;
         let ifindex = nix::net::if_::if_nametoindex(netdev.as_str()).map_err(|_| gone())?;
-        let mut room = Room::open().map_err(ProbeError::system("making a network namespace"))?;
-        let other_vlan = beside(vlan);
-        for vlan in [vlan, other_vlan] {
+        let make_room = || Room::open().map_err(ProbeError::system("making a network namespace"));
+        let (mut room, witness_room) = (make_room()?, make_room()?);
+        for vlan in [vlan, beside(vlan)] {
             // Where there are no VLAN interfaces, the PF may be deaf to the VLAN, and less is found.
             let _ = room.join(ifindex, vlan);
         }
@@ -105,16 +114,31 @@ impl<'a> Judge<'a> {
         let nonce = RandomState::new().build_hasher().finish().to_be_bytes();
         let [a, b, c, d, ..] = nonce;
         // Locally administered (IEEE 802c), and nobody's.
-        let (own, foreign) = (MacAddr([0x02, a, b, c, d, 0x01]), MacAddr([0x02, a, b, c, d, 0x02]));
-        Ok(Judge { nic, vf, capabilities, room, pf, pf_mac, own, foreign, vlan, other_vlan, nonce })
+        let [own, foreign, witness_mac] = [1, 2, 3].map(|last| MacAddr([0x02, a, b, c, d, last]));
+        let other_vlan = beside(vlan);
+        Ok(Judge {
+            nic,
+            vf,
+            witness,
+            capabilities,
+            room,
+            witness_room,
+            pf,
+            pf_mac,
+            own,
+            foreign,
+            witness_mac,
+            vlan,
+            other_vlan,
+            nonce,
+        })
     }
 
     /// The whole course.
     pub(super) fn judge(mut self) -> Result<Vec<Finding>, ProbeError> {
-        let (access, hears_vlan) = self.access_vlan()?;
-        let (guards, free_kbps) = self.guards(hears_vlan)?;
-        let rate = self.rate(free_kbps)?;
-        Ok(guards.into_iter().chain([access, rate]).collect())
+        let access = self.access_vlan()?;
+        let [mac, untagged, rate] = self.without_vlan()?;
+        Ok(vec![mac, untagged, access, rate])
     }
 
     fn settings(&self) -> VfSettings {
@@ -122,9 +146,15 @@ impl<'a> Judge<'a> {
         VfSettings { mac: self.own, spoofchk, ..VfSettings::default() }
     }
 
-    /// Opens the VF under these settings; the text says which the driver refuses.
-    fn station(&mut self, settings: VfSettings) -> Result<Result<Station, String>, ProbeError> {
-        match Station::open(self.nic, &mut self.room, self.vf, settings) {
+    fn in_vlan(&self, settings: VfSettings) -> VfSettings {
+        let vlan = PortVlan { vid: self.vlan, qos: 0, protocol: VlanProtocol::Dot1q };
+        VfSettings { vlan: Some(vlan), ..settings }
+    }
+
+    /// Opens a VF under these settings; the text says which the driver refuses.
+    fn station(&mut self, vf: VfIndex, settings: VfSettings) -> Result<Result<Station, String>, ProbeError> {
+        let room = if vf == self.vf { &mut self.room } else { &mut self.witness_room };
+        match Station::open(self.nic, room, vf, settings) {
             Ok(station) => Ok(Ok(station)),
             Err(ProbeError::Eswitch(EswitchError::Uncovered { detail, .. })) => Ok(Err(detail)),
             Err(error) => Err(error),
@@ -132,15 +162,16 @@ impl<'a> Judge<'a> {
     }
 
     fn leave(&mut self, station: Station) -> Result<(), ProbeError> {
-        station.close(self.nic, &mut self.room, self.vf)
+        let room = if station.vf() == self.vf { &mut self.room } else { &mut self.witness_room };
+        station.close(self.nic, room)
     }
 
     const fn to_pf(&self, kind: u8, source: MacAddr, tag: Option<VlanId>) -> Note {
         Note { destination: self.pf_mac, source, tag, kind }
     }
 
-    const fn to_vf(&self, kind: u8, tag: Option<VlanId>) -> Note {
-        Note { destination: self.own, source: self.pf_mac, tag, kind }
+    const fn pf_to(&self, kind: u8, destination: MacAddr, tag: Option<VlanId>) -> Note {
+        Note { destination, source: self.pf_mac, tag, kind }
     }
 
     /// Sends controls until the first is heard. `false` if none is.
@@ -191,17 +222,19 @@ impl<'a> Judge<'a> {
         listen(to, self.nonce, Instant::now() + time, is_done).map_err(ProbeError::system("receiving"))
     }
 
-    /// The VF in a port VLAN. Also tells whether the PF hears frames of that VLAN.
-    fn access_vlan(&mut self) -> Result<(Finding, bool), ProbeError> {
-        let finding = |verdict, text: String| Finding { ability: Attestable::AccessVlan, verdict, text };
-        let vlan = PortVlan { vid: self.vlan, qos: 0, protocol: VlanProtocol::Dot1q };
-        let station = match self.station(VfSettings { vlan: Some(vlan), ..self.settings() })? {
+    /// The VF in a port VLAN.
+    fn access_vlan(&mut self) -> Result<Finding, ProbeError> {
+        let finding = |verdict, text| Finding { ability: Attestable::AccessVlan, verdict, text };
+        let station = match self.station(self.vf, self.in_vlan(self.settings()))? {
             Ok(station) => station,
-            Err(detail) => return Ok((finding(Verdict::Inconclusive, detail), false)),
+            Err(detail) => return Ok(finding(Verdict::Inconclusive, detail)),
         };
         // To the VF: its VLAN's frames, and no others.
-        let control = self.to_vf(FROM_PF, Some(self.vlan));
-        let suspects = [self.to_vf(FROM_PF_OTHER, Some(self.other_vlan)), self.to_vf(FROM_PF_UNTAGGED, None)];
+        let control = self.pf_to(FROM_PF, self.own, Some(self.vlan));
+        let suspects = [
+            self.pf_to(FROM_PF_OTHER, self.own, Some(self.other_vlan)),
+            self.pf_to(FROM_PF_UNTAGGED, self.own, None),
+        ];
         let is_warm = self.warm_up(&self.pf, &station.socket, &control)?;
         let (_, inward) = self.rounds(&self.pf, &station.socket, &control, &suspects)?;
         // From the VF: in its VLAN, whatever it tags itself.
@@ -227,88 +260,126 @@ impl<'a> Judge<'a> {
         } else {
             Verdict::Inconclusive
         };
-        Ok((finding(verdict, text), inside > 0))
+        Ok(finding(verdict, text))
     }
 
-    /// The VF without a port VLAN: its address, and tags of its own. Also measures what it can send.
-    fn guards(&mut self, hears_vlan: bool) -> Result<(Vec<Finding>, u64), ProbeError> {
-        let finding = |ability, verdict, text: String| Finding { ability, verdict, text };
-        let both = |verdict, text: &str| {
-            [Attestable::MacGuard, Attestable::Untagged]
-                .map(|ability| finding(ability, verdict, text.to_owned()))
+    /// The VF without a port VLAN: its address, tags of its own, and its rate.
+    fn without_vlan(&mut self) -> Result<[Finding; 3], ProbeError> {
+        let silent = |text: &str| {
+            [Attestable::MacGuard, Attestable::Untagged, Attestable::RateFromVm].map(|ability| Finding {
+                ability,
+                verdict: Verdict::Inconclusive,
+                text: text.to_owned(),
+            })
         };
-        let station = match self.station(self.settings())? {
+        let station = match self.station(self.vf, self.settings())? {
             Ok(station) => station,
-            Err(detail) => return Ok((both(Verdict::Inconclusive, &detail).into(), 0)),
+            Err(detail) => return Ok(silent(&detail)),
         };
         let control = self.to_pf(CONTROL, self.own, None);
         if !self.warm_up(&station.socket, &self.pf, &control)? {
             self.leave(station)?;
-            let text = "nothing that the VF sends to the PF arrives; does an XDP program take it?";
-            return Ok((both(Verdict::Inconclusive, text).into(), 0));
+            return Ok(silent("nothing that the VF sends to the PF arrives; does an XDP program take it?"));
         }
-        let free = rate::measure(
-            &station.socket,
-            &self.pf,
-            self.nonce,
-            &self.to_pf(LOAD, self.own, None),
-            Duration::ZERO,
-            rate::FREE,
-        )
-        .map_err(ProbeError::system("measuring"))?;
-        let tagged = self.to_pf(TAGGED, self.own, Some(self.vlan));
-        let (sent, heard) = self.rounds(&station.socket, &self.pf, &control, &[tagged])?;
-        let tags = Counts::of(sent, &heard, TAGGED);
+        let untagged = self.untagged(&station)?;
+        let rate = self.rate(&station)?;
         // Last, since a NIC may shut a VF that spoofs.
-        let spoofed = self.to_pf(SPOOFED, self.foreign, None);
-        let (sent, heard) = self.rounds(&station.socket, &self.pf, &control, &[spoofed])?;
-        let sources = Counts::of(sent, &heard, SPOOFED);
+        let mac = self.mac_guard(&station)?;
         self.leave(station)?;
-
-        let mac = if self.settings().spoofchk {
-            let text = format!(
-                "with spoofchk {} of {ROUNDS} frames from another address arrived, and {} of {} from its own",
-                sources.suspects, sources.controls, sources.sent
-            );
-            finding(Attestable::MacGuard, sources.verdict(), text)
-        } else {
-            finding(Attestable::MacGuard, Verdict::Inconclusive, "the driver has no spoofchk".to_owned())
-        };
-        let text = format!(
-            "without a port VLAN {} of {ROUNDS} frames with a tag arrived, and {} of {} without",
-            tags.suspects, tags.controls, tags.sent
-        );
-        let untagged = match tags.verdict() {
-            Verdict::Enforced if !hears_vlan => {
-                let text = format!("{text}; but the PF was never seen to hear that VLAN");
-                finding(Attestable::Untagged, Verdict::Inconclusive, text)
-            }
-            verdict => finding(Attestable::Untagged, verdict, text),
-        };
-        Ok((vec![mac, untagged], free))
+        Ok([mac, untagged, rate])
     }
 
-    /// The VF with a limit.
-    fn rate(&mut self, free_kbps: u64) -> Result<Finding, ProbeError> {
-        let inconclusive =
-            |text: String| Finding { ability: Attestable::RateFromVm, verdict: Verdict::Inconclusive, text };
-        let Some(limit) = rate::limit(free_kbps) else {
-            return Ok(inconclusive(format!("without a limit only {free_kbps} kbit/s arrived")));
-        };
-        let station = match self.station(VfSettings { max_rate_mbps: limit, ..self.settings() })? {
-            Ok(station) => station,
-            Err(detail) => return Ok(inconclusive(detail)),
-        };
-        let control = self.to_pf(CONTROL, self.own, None);
-        let is_warm = self.warm_up(&station.socket, &self.pf, &control)?;
-        let load = self.to_pf(LOAD, self.own, None);
-        let limited = rate::measure_limited(&station.socket, &self.pf, self.nonce, &load)
-            .map_err(ProbeError::system("measuring"))?;
-        self.leave(station)?;
-        if !is_warm {
-            return Ok(inconclusive("nothing that the limited VF sends to the PF arrives".to_owned()));
+    fn mac_guard(&self, station: &Station) -> Result<Finding, ProbeError> {
+        let finding = |verdict, text| Finding { ability: Attestable::MacGuard, verdict, text };
+        if !self.settings().spoofchk {
+            return Ok(finding(Verdict::Inconclusive, "the driver has no spoofchk".to_owned()));
         }
-        Ok(rate::judge(free_kbps, limit, limited))
+        let control = self.to_pf(CONTROL, self.own, None);
+        let spoofed = self.to_pf(SPOOFED, self.foreign, None);
+        let (sent, heard) = self.rounds(&station.socket, &self.pf, &control, &[spoofed])?;
+        let counts = Counts::of(sent, &heard, SPOOFED);
+        let Counts { suspects, controls, .. } = counts;
+        let text = format!(
+            "with spoofchk {suspects} of {ROUNDS} frames from another address arrived, and {controls} of {sent} from \
+             its own"
+        );
+        Ok(finding(counts.verdict(), text))
+    }
+
+    /// The VF sends tags to another VF that is in that VLAN, and that hears the PF's frames of it at the same time.
+    fn untagged(&mut self, station: &Station) -> Result<Finding, ProbeError> {
+        let finding = |verdict, text| Finding { ability: Attestable::Untagged, verdict, text };
+        let Some(vf) = self.witness else {
+            let text = "there is no second spare VF, to hear whether tags pass".to_owned();
+            return Ok(finding(Verdict::Inconclusive, text));
+        };
+        let settings = VfSettings { mac: self.witness_mac, ..self.settings() };
+        let witness = match self.station(vf, self.in_vlan(settings))? {
+            Ok(witness) => witness,
+            Err(detail) => return Ok(finding(Verdict::Inconclusive, detail)),
+        };
+        let control = self.pf_to(CONTROL, self.witness_mac, Some(self.vlan));
+        let tagged =
+            Note { destination: self.witness_mac, source: self.own, tag: Some(self.vlan), kind: TAGGED };
+        let own = self.to_pf(CONTROL, self.own, None);
+        let is_warm = self.warm_up(&self.pf, &witness.socket, &control)?;
+        drain(&witness.socket, self.nonce, |_, _| {}).map_err(ProbeError::system("receiving"))?;
+        drain(&self.pf, self.nonce, |_, _| {}).map_err(ProbeError::system("receiving"))?;
+        for round in 0..ROUNDS {
+            self.send(&self.pf, &control, round)?;
+            self.send(&station.socket, &own, round)?;
+            self.send(&station.socket, &tagged, round)?;
+        }
+        // The VF is heard after its last tag; then whoever hears the PF once more would have heard that tag.
+        self.send(&station.socket, &own, ROUNDS)?;
+        let is_last = |heard: &Heard| heard.kind == CONTROL && heard.number == ROUNDS;
+        let at_pf = self.listen(&self.pf, FLIGHT, |heard| heard.iter().any(is_last))?;
+        self.send(&self.pf, &control, ROUNDS)?;
+        let at_witness = self.listen(&witness.socket, FLIGHT, |heard| heard.iter().any(is_last))?;
+        self.leave(witness)?;
+
+        let way = Counts::of(ROUNDS + 1, &at_pf, TAGGED);
+        let counts = Counts::of(ROUNDS + 1, &at_witness, TAGGED);
+        let verdict = match counts.verdict() {
+            Verdict::Enforced if !is_warm || way.verdict() != Verdict::Enforced => Verdict::Inconclusive,
+            verdict => verdict,
+        };
+        let text = format!(
+            "without a port VLAN {} of {ROUNDS} frames with a tag came to a VF in that VLAN, which heard {} of {} of \
+             the PF's, and {} of {} without came to the PF",
+            counts.suspects, counts.controls, counts.sent, way.controls, way.sent
+        );
+        Ok(finding(verdict, text))
+    }
+
+    fn rate(&mut self, station: &Station) -> Result<Finding, ProbeError> {
+        let finding =
+            |text| Finding { ability: Attestable::RateFromVm, verdict: Verdict::Inconclusive, text };
+        let before = self.measure(station, Duration::ZERO, rate::FREE)?;
+        let Some(limit) = rate::limit(before) else {
+            return Ok(finding(format!("without a limit only {before} kbit/s arrived")));
+        };
+        let settings = self.settings();
+        match self.reprogram(VfSettings { max_rate_mbps: limit, ..settings }) {
+            Err(EswitchError::Uncovered { detail, .. }) => return Ok(finding(detail)),
+            result => result?,
+        }
+        let limited = self.measure(station, rate::BURST, rate::LIMITED)?;
+        self.reprogram(settings)?;
+        let after = self.measure(station, Duration::ZERO, rate::FREE)?;
+        Ok(rate::judge(before, limit, limited, after))
+    }
+
+    /// Changes the open VF's settings, by one.
+    fn reprogram(&mut self, settings: VfSettings) -> Result<(), EswitchError> {
+        let program = Program::Legacy(settings);
+        run(self.nic, &Action::Program { vf: self.vf, program, is_open: true })
+    }
+
+    fn measure(&self, station: &Station, skipped: Duration, time: Duration) -> Result<u64, ProbeError> {
+        let load = self.to_pf(LOAD, self.own, None);
+        rate::measure(&station.socket, &self.pf, self.nonce, &load, skipped, time)
+            .map_err(ProbeError::system("measuring"))
     }
 }
 

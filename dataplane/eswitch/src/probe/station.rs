@@ -1,4 +1,4 @@
-//! The spare VF as a guest has it: programmed, opened, and its interface in the room, up, with a socket on it.
+//! A spare VF as a guest has it: programmed, opened, and its interface in the room, up, with a socket on it.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,6 +20,7 @@ const PERIOD: Duration = Duration::from_millis(10);
 /// A VF that is open, in the room.
 pub(super) struct Station {
     pub(super) socket: Packets,
+    vf: VfIndex,
     ifindex: u32,
 }
 
@@ -43,7 +44,7 @@ impl Station {
             .find(settings.mac)
             .map_err(list("listing the room's interfaces"))?
             .ok_or(ProbeError::NoInterface(vf))?;
-        let opened = Station::start(room, inside.ifindex, settings.mac, deadline);
+        let opened = Station::start(room, vf, inside.ifindex, settings.mac, deadline);
         if opened.is_err() {
             // Where closing does not take the interface away, it must not stay behind.
             let _ = room.put_out(inside.ifindex);
@@ -51,7 +52,13 @@ impl Station {
         opened
     }
 
-    fn start(room: &mut Room, ifindex: u32, mac: MacAddr, deadline: Instant) -> Result<Station, ProbeError> {
+    fn start(
+        room: &mut Room,
+        vf: VfIndex,
+        ifindex: u32,
+        mac: MacAddr,
+        deadline: Instant,
+    ) -> Result<Station, ProbeError> {
         room.set_up(ifindex).map_err(ProbeError::refused("setting the VF's interface up"))?;
         let running = wait(deadline, || {
             let inmate = room.find(mac).map_err(ProbeError::refused("listing the room's interfaces"))?;
@@ -63,11 +70,17 @@ impl Station {
         let socket = room
             .enter(|| Packets::open(ifindex))
             .map_err(ProbeError::system("opening a packet socket on the VF"))?;
-        Ok(Station { socket, ifindex })
+        Ok(Station { socket, vf, ifindex })
+    }
+
+    /// Which VF it is.
+    pub(super) const fn vf(&self) -> VfIndex {
+        self.vf
     }
 
     /// Closes the VF, and leaves its interface where it was found, if it stays.
-    pub(super) fn close(self, nic: &mut dyn Nic, room: &mut Room, vf: VfIndex) -> Result<(), ProbeError> {
+    pub(super) fn close(self, nic: &mut dyn Nic, room: &mut Room) -> Result<(), ProbeError> {
+        let vf = self.vf;
         if nic.opens_by_binding(vf)? {
             // The interface goes with the driver.
             return Ok(run(nic, &Action::Close(vf))?);
