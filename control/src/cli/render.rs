@@ -142,6 +142,8 @@ pub(super) fn resources(output: &Output, resources: &[v1::Resource]) {
         let path = path(resource);
         let mut notes: Vec<String> = resource.status.iter().map(|status| status.message.clone()).collect();
         notes.extend(path.into_iter().flat_map(vf::path_notes));
+        let nic = resource.status.iter().filter_map(|status| status.nic.as_ref());
+        notes.extend(nic.map(|nic| nic.message.clone()));
         notes.extend(ports.iter().flat_map(|port| port.notes.iter().cloned()));
         notes.retain(|note| !note.is_empty());
         let mut row = vec![

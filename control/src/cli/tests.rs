@@ -211,6 +211,8 @@ fn details_are_the_path_of_a_vnic_and_the_nic_of_a_switch() {
         ..v1::Status::default()
     };
     let switch = v1::Resource { status: Some(status), ..v1::Resource::default() };
+    let text = printed(|output| render::resources(output, std::slice::from_ref(&switch)));
+    assert!(text.trim_end().ends_with("pf0 has no carrier"), "{text}");
     let text = printed(|output| render::vf::details(output, &switch));
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(
