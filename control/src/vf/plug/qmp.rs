@@ -51,6 +51,8 @@ pub struct Qmp {
     driver: &'static str,
     patience: Duration,
     monitor: Option<Monitor>,
+    /// Since when there is no room in its queue.
+    crowded_since: Option<Instant>,
     /// What the monitor was asked last.
     asked: Option<Question>,
     /// The VF that the rest is about.
@@ -99,6 +101,7 @@ impl Qmp {
             driver: VFIO,
             patience: PATIENCE,
             monitor: None,
+            crowded_since: None,
             asked: None,
             vf: None,
             is_plugged: false,
@@ -159,7 +162,16 @@ impl Qmp {
     fn try_to_talk(&mut self) -> Result<Talk, MonitorError> {
         let monitor = match &mut self.monitor {
             Some(monitor) => monitor,
-            None => self.monitor.insert(Monitor::connect(&self.socket, self.patience)?),
+            None => {
+                let since = *self.crowded_since.get_or_insert_with(Instant::now);
+                match Monitor::connect(&self.socket, self.patience) {
+                    Err(MonitorError::Crowded) if since.elapsed() < self.patience => return Ok(Talk::Busy),
+                    connected => {
+                        self.crowded_since = None;
+                        self.monitor.insert(connected?)
+                    }
+                }
+            }
         };
         let answer = monitor.turn()?;
         while let Some(event) = monitor.take_event() {

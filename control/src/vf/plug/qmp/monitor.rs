@@ -28,6 +28,9 @@ pub(super) enum MonitorError {
     /// Nobody listens.
     #[error("{0}")]
     Absent(io::Error),
+    /// So many wait for it that nobody else can.
+    #[error("too many wait to be connected to it")]
+    Crowded,
     /// It cannot be connected to.
     #[error("it cannot be connected to: {0}")]
     Connect(io::Error),
@@ -100,6 +103,7 @@ impl Monitor {
             error if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
                 MonitorError::Absent(error)
             }
+            error if error.kind() == io::ErrorKind::WouldBlock => MonitorError::Crowded,
             error => MonitorError::Connect(error),
         })?;
         Ok(Monitor {
