@@ -15,6 +15,7 @@
 // The seed and what was covered are what one wants to read.
 #![allow(clippy::print_stderr)]
 
+mod provoke;
 mod setting;
 mod tally;
 mod wires;

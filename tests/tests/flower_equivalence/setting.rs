@@ -16,6 +16,7 @@ use sluice_policy::placement::{
     Program, Target, VfIndex, place,
 };
 
+use crate::provoke::provoke;
 use crate::wires::{Fate, VFS};
 
 /// Shortest frame on a wire, without its checksum.
@@ -28,6 +29,8 @@ const RANGE_MAX: u16 = 4;
 const STATIONS: u8 = 4;
 /// Frames whose receiver is chosen among those that rules may know.
 const AIMED_PERCENT: usize = 60;
+/// Frames of VFs that a rule of their ACL is about, if there is one.
+const PROVOKED_PERCENT: usize = 40;
 /// Frames that are brought just beside what a rule may want.
 const GRAZED_PERCENT: usize = 25;
 /// Frames that are replaced by router advertisements, of which the generator makes too few to miss the guard.
@@ -127,6 +130,11 @@ impl Setting {
             Some(Case { ingress, from, frame })
         });
         if let Some(case) = &mut drawn {
+            let config = &self.scenario.config;
+            let sender = config.vnics.iter().find(|vnic| vnic_port(&vnic.name) == case.ingress);
+            if let Some(sender) = sender.filter(|_| rng.chance(PROVOKED_PERCENT)) {
+                provoke(rng, config, sender, &mut case.frame);
+            }
             if rng.chance(AIMED_PERCENT) {
                 self.aim(rng, case);
             }
@@ -316,7 +324,7 @@ fn graze(rng: &mut Rng, frame: &mut [u8]) {
     }
     // The last bytes of both addresses, and what begins behind the header.
     let (src_ip, dst_ip) = if frame.get(network - 2) == Some(&0x86) { (23, 39) } else { (15, 19) };
-    let in_packet = [src_ip, dst_ip, dst_ip + 1, dst_ip + 2, dst_ip + 4].map(|at| network + at);
+    let in_packet = [src_ip, dst_ip, dst_ip + 1, dst_ip + 2, dst_ip + 4, dst_ip + 14].map(|at| network + at);
     let places: Vec<usize> = in_packet.into_iter().chain([11, network + src_ip]).chain(tag).collect();
     if let Some(byte) = frame.get_mut(*rng.pick(&places)) {
         *byte ^= 1 << rng.below(3);
