@@ -194,7 +194,7 @@ fn the_command_line_keeps_its_contract() {
     let (code, _, err) = lab.cli(&["apply", "-f", "-"], &BASE.replace("ipGuard", "ipgaurd"));
     assert_eq!(code, 1);
     assert!(
-        err.contains("vnics[0].policy: unknown field `ipgaurd` in Policy; did you mean `ipGuard`?"),
+        err.contains("vnics/vm1: policy: unknown field `ipgaurd` in Policy; did you mean `ipGuard`?"),
         "{err}"
     );
     let (code, _, err) = lab.cli(&["apply", "-f", "-"], &BASE.replace("00:02\"", "00:01\""));
@@ -221,8 +221,22 @@ fn the_command_line_keeps_its_contract() {
     assert!(stats["ports"][0]["rxPackets"].as_u64().is_some_and(|packets| packets > 0), "{stats}");
     assert!(lab.well(&["fdb", "--switch", "blue"], "").contains("02:00:00:00:00:02"));
     assert!(lab.well(&["doctor"], "").contains("ports: 3 of 3 attached"));
-    lab.well(&["delete", "vnic", "vm2"], "");
-    assert_eq!(lab.cli(&["get", "vnic", "vm2"], "").0, 1);
+
+    let said = "vm1 is on its software path: it does not ask for a VF";
+    assert!(lab.well(&["explain", "vnic", "vm1"], "").starts_with(said));
+    assert!(lab.well(&["revoke", "vnic/vm1"], "").starts_with(said));
+    let (code, _, err) = lab.cli(&["acknowledge", "vnic", "vm1", "--ticket", "1", "--done"], "");
+    assert_eq!((code, err.as_str()), (1, ""));
+    let (code, _, err) = lab.cli(&["probe", "uplink", "up0"], "");
+    assert_eq!(code, 1);
+    assert!(err.contains("nobody looks after the NIC of switch blue"), "{err}");
+
+    lab.well(&["delete", "vnic/vm2"], "");
+    let (code, _, err) = lab.cli(&["get", "vnic", "vm1", "vm2"], "");
+    assert_eq!(code, 1);
+    assert_eq!(err, "sluice: vnics/vm2: there is no such vnic; see `sluice get vnic`\n");
+    let (_, _, err) = lab.cli(&["delete", "vnic", "vm1", "vm2"], "");
+    assert!(err.starts_with("sluice: refused, nothing was changed; 1 thing is wrong:"), "{err}");
 }
 
 #[test]
