@@ -12,7 +12,7 @@ mod outgoing;
 mod processor;
 mod tables;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod verdicts;
 mod view;
 

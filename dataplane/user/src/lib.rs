@@ -12,3 +12,4 @@ pub mod memory;
 pub mod offload;
 pub mod port;
 pub mod vhost;
+pub mod workers;

@@ -20,7 +20,7 @@ use crate::port::{Accepts, BATCH, Batch, Receive as _};
 
 const SECOND: u64 = 1_000_000_000;
 
-fn mac(number: u8) -> [u8; 6] {
+pub(crate) fn mac(number: u8) -> [u8; 6] {
     [2, 0, 0, 0, 0, number]
 }
 
@@ -41,7 +41,7 @@ fn vnic(number: u8, policy: Policy) -> Vnic {
 }
 
 /// vNICs on one switch, from number 1 on; and their ports' ids.
-fn image(policies: Vec<Policy>) -> (Image, Vec<u32>) {
+pub(crate) fn image(policies: Vec<Policy>) -> (Image, Vec<u32>) {
     let vnics: Vec<Vnic> = (1..).zip(policies).map(|(number, policy)| vnic(number, policy)).collect();
     let config = Config {
         switches: vec![Switch { name: "blue".into(), uplink: None, internal: None, ageing_seconds: 300 }],
@@ -113,7 +113,7 @@ impl Bench {
     }
 }
 
-fn plain(to: [u8; 6], from: [u8; 6]) -> Vec<u8> {
+pub(crate) fn plain(to: [u8; 6], from: [u8; 6]) -> Vec<u8> {
     [&to[..], &from, &[0x12, 0x34], &[7; 50]].concat()
 }
 

@@ -1,0 +1,283 @@
+//! A worker's thread.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
+use parking_lot::Mutex;
+
+use super::{Patience, QueueId, QueueStatus, WorkerId, WorkerStatus};
+use crate::engine::Processor;
+use crate::port::{Batch, Receive};
+
+/// What a worker is asked to do between two rounds.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// Serve a queue.
+    Take {
+        queue: QueueId,
+        receive: Box<dyn Receive>,
+        counters: Arc<QueueCounters>,
+        answer: Sender<io::Result<()>>,
+    },
+    /// Serve it no more, and hand it back.
+    Give { queue: QueueId, answer: Sender<Option<Box<dyn Receive>>> },
+    /// End.
+    Stop,
+}
+
+/// Where commands arrive.
+#[derive(Debug)]
+pub(super) struct Mailbox {
+    commands: Mutex<Vec<Command>>,
+    has_any: AtomicBool,
+    bell: EventFd,
+}
+
+impl Mailbox {
+    pub(super) fn new() -> io::Result<Mailbox> {
+        let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        Ok(Mailbox { commands: Mutex::default(), has_any: AtomicBool::new(false), bell })
+    }
+
+    pub(super) fn send(&self, command: Command) {
+        self.commands.lock().push(command);
+        self.has_any.store(true, Ordering::Release);
+        let _ = self.bell.write(1); // full means that it rings already
+    }
+
+    fn take(&self) -> Vec<Command> {
+        let _ = self.bell.read(); // it may not have rung yet
+        let mut commands = self.commands.lock();
+        self.has_any.store(false, Ordering::Relaxed);
+        std::mem::take(&mut commands)
+    }
+}
+
+/// Written by the worker alone. Times are nanoseconds.
+#[derive(Debug, Default)]
+pub(super) struct ThreadCounters {
+    busy: AtomicU64,
+    asleep: AtomicU64,
+    sleeps: AtomicU64,
+}
+
+/// Likewise, of one queue.
+#[derive(Debug, Default)]
+pub(super) struct QueueCounters {
+    batches: AtomicU64,
+    frames: AtomicU64,
+    busy: AtomicU64,
+}
+
+fn add(counter: &AtomicU64, amount: u64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
+}
+
+fn time(counter: &AtomicU64) -> Duration {
+    Duration::from_nanos(counter.load(Ordering::Relaxed))
+}
+
+impl ThreadCounters {
+    pub(super) fn status(&self, worker: WorkerId, core: usize, queues: Vec<QueueStatus>) -> WorkerStatus {
+        WorkerStatus {
+            worker,
+            core,
+            busy: time(&self.busy),
+            asleep: time(&self.asleep),
+            sleeps: self.sleeps.load(Ordering::Relaxed),
+            queues,
+        }
+    }
+}
+
+impl QueueCounters {
+    pub(super) fn status(&self, queue: QueueId) -> QueueStatus {
+        QueueStatus {
+            queue,
+            batches: self.batches.load(Ordering::Relaxed),
+            frames: self.frames.load(Ordering::Relaxed),
+            busy: time(&self.busy),
+        }
+    }
+}
+
+/// Starts a thread on a core, and waits until it is there.
+pub(super) fn start(
+    number: usize,
+    core: usize,
+    patience: Patience,
+    processor: Processor,
+    mailbox: &Arc<Mailbox>,
+    counters: &Arc<ThreadCounters>,
+) -> io::Result<JoinHandle<()>> {
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    epoll.add(mailbox.bell.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+    let worker = Worker {
+        patience,
+        processor,
+        mailbox: Arc::clone(mailbox),
+        counters: Arc::clone(counters),
+        epoll,
+        queues: Vec::new(),
+        batch: Batch::new(),
+    };
+    let (there, pinned) = std::sync::mpsc::channel();
+    let handle = std::thread::Builder::new().name(format!("sluice-worker-{number}")).spawn(move || {
+        let result = pin(core);
+        let is_pinned = result.is_ok();
+        let _ = there.send(result); // nobody waits for a worker that could not start
+        if is_pinned {
+            worker.run();
+        }
+    })?;
+    let ended = || io::Error::other("the thread ended at once");
+    pinned.recv().map_err(|_| ended())??;
+    Ok(handle)
+}
+
+fn pin(core: usize) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    set.set(core)?;
+    Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
+}
+
+/// Nanoseconds of the monotonic clock; 0 if there is none, which does not happen.
+fn now() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
+}
+
+/// A queue that the worker serves.
+#[derive(Debug)]
+struct Served {
+    queue: QueueId,
+    receive: Box<dyn Receive>,
+    counters: Arc<QueueCounters>,
+}
+
+struct Worker {
+    patience: Patience,
+    processor: Processor,
+    mailbox: Arc<Mailbox>,
+    counters: Arc<ThreadCounters>,
+    epoll: Epoll,
+    queues: Vec<Served>,
+    batch: Batch,
+}
+
+impl Worker {
+    fn run(mut self) {
+        let spin = self.patience.spin.as_nanos() as u64;
+        let mut time = now();
+        let mut last_busy = time;
+        loop {
+            if self.mailbox.has_any.load(Ordering::Acquire) {
+                if !self.obey() {
+                    return;
+                }
+                last_busy = time;
+            }
+            let begin = time;
+            let worked = self.round(&mut time);
+            if worked {
+                add(&self.counters.busy, time - begin);
+                last_busy = time;
+                continue;
+            }
+            time = now();
+            if time.saturating_sub(last_busy) >= spin {
+                self.sleep();
+                let awake = now();
+                add(&self.counters.asleep, awake.saturating_sub(time));
+                time = awake;
+                last_busy = awake;
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    /// Looks at each queue once; whether any had frames. `time` is kept up to date.
+    fn round(&mut self, time: &mut u64) -> bool {
+        let mut worked = false;
+        for served in &mut self.queues {
+            served.receive.receive(self.processor.pool(), &mut self.batch);
+            let frames = self.batch.len();
+            if frames == 0 {
+                continue;
+            }
+            self.processor.process(served.queue.port, &mut self.batch, *time);
+            let end = now();
+            add(&served.counters.batches, 1);
+            add(&served.counters.frames, frames as u64);
+            add(&served.counters.busy, end.saturating_sub(*time));
+            *time = end;
+            worked = true;
+        }
+        worked
+    }
+
+    /// Sleeps until a queue or the mailbox rings, unless there is something already.
+    fn sleep(&mut self) {
+        let mut must_look = false;
+        let mut armed = 0;
+        for served in &mut self.queues {
+            if !served.receive.arm() {
+                break;
+            }
+            must_look |= served.receive.event().is_none();
+            armed += 1;
+        }
+        if armed == self.queues.len() {
+            add(&self.counters.sleeps, 1);
+            let nap = EpollTimeout::try_from(self.patience.nap).unwrap_or(EpollTimeout::ZERO);
+            let timeout = if must_look { nap } else { EpollTimeout::NONE };
+            // An interruption is as good as a ring.
+            let _ = self.epoll.wait(&mut [EpollEvent::empty()], timeout);
+        }
+        for served in &mut self.queues[..armed] {
+            served.receive.disarm();
+        }
+    }
+
+    /// Carries commands out; `false` if one was to end.
+    fn obey(&mut self) -> bool {
+        for command in self.mailbox.take() {
+            match command {
+                Command::Stop => return false,
+                Command::Take { queue, receive, counters, answer } => {
+                    let watched = match receive.event() {
+                        Some(event) => self.epoll.add(event, EpollEvent::new(EpollFlags::EPOLLIN, 1)),
+                        None => Ok(()),
+                    };
+                    if watched.is_ok() {
+                        self.queues.push(Served { queue, receive, counters });
+                    }
+                    let _ = answer.send(watched.map_err(Into::into)); // who asked is gone
+                }
+                Command::Give { queue, answer } => {
+                    let place = self.queues.iter().position(|served| served.queue == queue);
+                    let receive = place.map(|place| {
+                        let served = self.queues.remove(place);
+                        if let Some(event) = served.receive.event() {
+                            let _ = self.epoll.delete(event); // it was added
+                        }
+                        served.receive
+                    });
+                    let _ = answer.send(receive); // who asked is gone, and the queue with it
+                }
+            }
+        }
+        true
+    }
+}
