@@ -7,7 +7,7 @@ use crate::nic::PciId;
 /// What VFs must be when an eSwitch is put into switchdev mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ModeOrder {
-    /// There are none: the mode first, then `sriov_numvfs`. Every driver that knows the mode at all takes this today.
+    /// There are none: the mode first, then `sriov_numvfs`. ice refuses otherwise, and mlx5_core wants VFs without drivers.
     WithoutVfs,
     /// They exist: `sriov_numvfs` first, then the mode.
     WithVfs,
@@ -54,7 +54,7 @@ const QUIRKS: &[Quirk] = &[
     plain("i40e", "iavf"),
     plain("ice", "iavf"),
     plain("mlx5_core", "mlx5_core"),
-    // It refuses switchdev mode without VFs (up to kernel 6.3, and older firmware's VF representors after that).
+    // For years it refused switchdev mode without VFs; newer kernels take both orders.
     Quirk { mode_order: ModeOrder::WithVfs, ..plain("bnxt_en", "bnxt_en") },
 ];
 
