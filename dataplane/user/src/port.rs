@@ -74,6 +74,13 @@ impl Batch {
         self.frames.drain(..)
     }
 
+    /// Gives all frames but the first `kept` back to a pool.
+    pub fn truncate(&mut self, kept: usize, pool: &mut Pool) {
+        for frame in self.frames.drain(kept.min(self.frames.len())..) {
+            pool.give(frame);
+        }
+    }
+
     /// Gives all frames back to a pool.
     pub fn give(&mut self, pool: &mut Pool) {
         for frame in self.frames.drain(..) {

@@ -54,6 +54,8 @@ pub(super) struct Position {
 pub(super) struct Live {
     ring: SplitRing,
     memory: Arc<GuestMemory>,
+    /// How many mappings of the process had broken when the guest's memory was last seen whole.
+    breaks_seen: usize,
     rules: Rules,
     header_len: usize,
     mergeable: bool,
@@ -77,6 +79,16 @@ pub(super) struct Live {
     chains: Vec<(u16, u32)>,
     /// Chains put into the used ring and not shown yet; kept only for the in-flight area.
     unshown: Vec<u16>,
+}
+
+/// What became of a chain from the guest.
+enum Taken {
+    /// A frame of so many bytes is in the batch.
+    Frame(u64),
+    /// The chain was given back, its frame goes nowhere.
+    Fault(FrameFault),
+    /// There is no chunk for it: it stays where it is.
+    Nothing,
 }
 
 /// Why a frame did not go into the guest.
@@ -120,6 +132,8 @@ impl Live {
             segments: Vec::with_capacity(MAX_CHAIN as usize),
             chains: Vec::with_capacity(64),
             unshown: Vec::new(),
+            // One that it is not: the first look is a close one.
+            breaks_seen: breaks().wrapping_sub(1),
             ring,
             memory,
         }
@@ -141,6 +155,17 @@ impl Live {
 
     pub(super) fn accepts(&self) -> Accepts {
         self.accepts
+    }
+
+    /// Whether the guest's memory went away. One look, while none did anywhere.
+    #[inline]
+    fn is_lost(&mut self) -> bool {
+        let breaks = breaks();
+        if breaks == self.breaks_seen {
+            return false;
+        }
+        self.breaks_seen = breaks;
+        self.memory.is_broken()
     }
 
     /// How many chains wait.
@@ -256,12 +281,12 @@ impl Live {
     ) -> Result<(), QueueError> {
         let waiting = self.waiting()?.min(batch.room());
         if waiting == 0 {
-            return Ok(());
+            return if self.is_lost() { Err(QueueError::MemoryLost) } else { Ok(()) };
         }
         let (mut frames, mut bytes) = (0, 0);
         let mut result = Ok(());
         let mut work = 0;
-        let broken_before = breaks();
+        let before = batch.len();
         for ahead in 0..waiting.min(PREFETCH) {
             self.prefetch(ahead)?;
         }
@@ -272,18 +297,13 @@ impl Live {
                 result = Err(error);
                 break;
             }
-            match self.take(pool, &mut work) {
-                Ok(Ok(frame)) => {
-                    if breaks() != broken_before && self.memory.is_broken() {
-                        result = Err(QueueError::MemoryLost);
-                        break;
-                    }
+            match self.take(pool, batch, &mut work) {
+                Ok(Taken::Frame(len)) => {
                     frames += 1;
-                    bytes += frame.len() as u64;
-                    batch.push(frame);
+                    bytes += len;
                 }
-                Ok(Err(Some(fault))) => counters.fault(fault, 1),
-                Ok(Err(None)) => break,
+                Ok(Taken::Fault(fault)) => counters.fault(fault, 1),
+                Ok(Taken::Nothing) => break,
                 Err(error) => {
                     result = Err(error);
                     break;
@@ -292,6 +312,12 @@ impl Live {
             if work > BATCH_WORK {
                 break;
             }
+        }
+        if self.is_lost() {
+            // Some of the frames may be zeros in part. Which ones cannot be told.
+            result = Err(QueueError::MemoryLost);
+            batch.truncate(before, pool);
+            (frames, bytes) = (0, 0);
         }
         counters.passed(frames, bytes);
         self.show();
@@ -306,79 +332,59 @@ impl Live {
         Ok(())
     }
 
-    /// Takes one frame: it, or why there is none; None of both without a chunk for it, when it stays where it is.
+    /// Takes one frame into the batch.
     #[inline]
-    fn take(
-        &mut self,
-        pool: &mut Pool,
-        work: &mut usize,
-    ) -> Result<Result<Frame, Option<FrameFault>>, QueueError> {
+    fn take(&mut self, pool: &mut Pool, batch: &mut Batch, work: &mut usize) -> Result<Taken, QueueError> {
         let head = self.head(0)?;
         let first = self.ring.descriptor(head);
-        let mut header = [0; MAX_HEADER];
-        let frame = if first.flags == 0 {
-            // One piece holds it all.
+        let is_plain = first.flags == 0;
+        let bytes = if is_plain {
             *work += 1;
-            let len = match self.frame_len(first.len.into()) {
-                Ok(len) => len,
-                Err(fault) => return Ok(self.drop(head, fault)),
-            };
-            let Some(mut frame) = pool.take(len) else { return Ok(Err(None)) };
-            let outside = QueueError::Outside { address: first.address, len: first.len };
-            let body = frame.spare_mut().get_mut(..len).unwrap_or_default();
-            let read = self.memory.read_two(first.address, &mut header[..self.header_len], body);
-            if read.is_err() {
-                pool.give(frame);
-                return Err(outside);
-            }
-            frame.advance(len);
-            frame
+            first.len.into()
         } else {
             self.segments.clear();
             let bytes = walk(&self.ring, &self.memory, head, self.rules, &mut self.segments)?;
             *work += self.segments.len();
-            let len = match self.frame_len(bytes) {
-                Ok(len) => len,
-                Err(fault) => return Ok(self.drop(head, fault)),
-            };
-            let Some(mut frame) = pool.take(len) else { return Ok(Err(None)) };
-            let body = frame.spare_mut().get_mut(..len).unwrap_or_default();
-            if let Err(error) = gather(&self.memory, &self.segments, [&mut header[..self.header_len], body]) {
-                pool.give(frame);
-                return Err(error);
-            }
-            frame.advance(len);
-            frame
+            bytes
         };
-        Ok(self.accept(head, &header, frame, pool))
+        let len = match self.frame_len(bytes) {
+            Ok(len) => len,
+            Err(fault) => return Ok(self.give_back(head, fault)),
+        };
+        let Some(mut frame) = pool.take(len) else { return Ok(Taken::Nothing) };
+        let mut header = [0; MAX_HEADER];
+        let parts = (&mut header[..self.header_len], frame.spare_mut().get_mut(..len).unwrap_or_default());
+        let read = if is_plain {
+            let outside = QueueError::Outside { address: first.address, len: first.len };
+            self.memory.read_two(first.address, parts.0, parts.1).map_err(|_| outside)
+        } else {
+            gather(&self.memory, &self.segments, [parts.0, parts.1])
+        };
+        if let Err(error) = read {
+            pool.give(frame);
+            return Err(error);
+        }
+        frame.advance(len);
+        if let Err(fault) = self.believe(&header, &mut frame) {
+            pool.give(frame);
+            return Ok(self.give_back(head, fault));
+        }
+        self.complete(head, 0);
+        batch.push(frame);
+        Ok(Taken::Frame(len as u64))
     }
 
-    /// A frame whose bytes are here: whether its header may be believed.
+    /// Does what the header of a frame asks, if it may.
     #[inline]
-    fn accept(
-        &mut self,
-        head: u16,
-        header: &[u8; MAX_HEADER],
-        mut frame: Frame,
-        pool: &mut Pool,
-    ) -> Result<Frame, Option<FrameFault>> {
-        let offload = match Header::parse(header).offload(frame.bytes(), self.accepts) {
-            Ok(offload) if offload.gso.is_none() && frame.len() > self.longest_frame => {
-                Err(FrameFault::Oversize)
-            }
-            Ok(offload) if frame.set_offload(offload).is_err() => Err(FrameFault::ChecksumOutside),
-            result => result,
-        };
-        match offload {
-            Ok(_) => {
-                self.complete(head, 0);
-                Ok(frame)
-            }
-            Err(fault) => {
-                pool.give(frame);
-                self.drop(head, fault)
-            }
+    fn believe(&self, header: &[u8; MAX_HEADER], frame: &mut Frame) -> Result<(), FrameFault> {
+        let offload = Header::parse(header).offload(frame.bytes(), self.accepts)?;
+        if offload.gso.is_none() && frame.len() > self.longest_frame {
+            return Err(FrameFault::Oversize);
         }
+        if offload.is_complete() {
+            return Ok(());
+        }
+        frame.set_offload(offload).map_err(|_| FrameFault::ChecksumOutside)
     }
 
     /// Bytes of the frame in a chain of so many bytes.
@@ -395,9 +401,9 @@ impl Live {
 
     /// Gives a chain back whose frame goes nowhere.
     #[cold]
-    fn drop(&mut self, head: u16, fault: FrameFault) -> Result<Frame, Option<FrameFault>> {
+    fn give_back(&mut self, head: u16, fault: FrameFault) -> Taken {
         self.complete(head, 0);
-        Err(Some(fault))
+        Taken::Fault(fault)
     }
 
     /// Puts frames into the guest; answers how many went in.
@@ -411,7 +417,6 @@ impl Live {
         let mut bytes = 0;
         let mut result = Ok(());
         let mut work = 0;
-        let broken_before = breaks();
         for ahead in 0..waiting.min(frames.len()).min(PREFETCH) {
             self.prefetch(ahead)?;
         }
@@ -438,7 +443,7 @@ impl Live {
                 }
             }
         }
-        if breaks() != broken_before && self.memory.is_broken() {
+        if self.is_lost() {
             result = Err(QueueError::MemoryLost);
         }
         counters.passed(*sent as u64, bytes);

@@ -333,6 +333,9 @@ impl Queue {
     /// The driver broke the rules: it gets no further service, and is told so if it wants to know.
     #[cold]
     fn break_off(&mut self, fault: QueueError, counters: &Counters) {
+        // What is read of memory that is lost is zeros, which break rules of their own.
+        let is_lost = self.common.memory.is_broken();
+        let fault = if is_lost { QueueError::MemoryLost } else { fault };
         self.pause(counters);
         self.fault = Some(fault);
         counters.stopped();

@@ -308,6 +308,8 @@ fn memory_that_shrinks() {
     rig.send(BUFFERS, [0; 12], &frame(60, 0));
     rig.ram.truncate(0).unwrap();
     assert!(rig.receive().is_empty());
+    assert!(rig.receive().is_empty());
+    assert_eq!(rig.queue.state(), QueueState::Stopped(QueueError::MemoryLost));
     // Another guest, at the same time, is not touched.
     assert_serves(&mut Rig::new(FROM_GUEST, 8, FEATURES));
 }

@@ -1,0 +1,172 @@
+//! What a frame costs at a vhost-user port: nanoseconds per frame from the guest and to it, by size and layout of buffers.
+//!
+//! One thread plays both sides in turns, and only the port's side is timed, in batches of 32, against a port that was set up over a
+//! real socket. `cargo bench -p sluice-user --bench vhost`.
+
+use std::error::Error;
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use sluice_user::frame::{Pool, Region, RegionLayout};
+use sluice_user::port::{BATCH, Batch, Receive, Transmit};
+use sluice_user::vhost::driver::{DriverRing, GUEST_BASE, GuestRam, WRITE};
+use sluice_user::vhost::features::bit;
+use sluice_user::vhost::{FromGuest, Mode, Port, PortConfig, ToGuest};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vmm_sys_util::eventfd::EventFd;
+
+const RAM: u64 = 64 << 20;
+const BUFFERS: u64 = GUEST_BASE + (1 << 20);
+const SIZE: u16 = 256;
+const BATCHES: u32 = 20_000;
+
+/// How frames lie in the guest.
+#[derive(Clone, Copy)]
+enum Layout {
+    /// Header and frame in one buffer.
+    One,
+    /// The header in a buffer of its own.
+    Apart,
+    /// As apart, by an indirect table.
+    Indirect,
+}
+
+struct Guest {
+    ram: GuestRam,
+    rings: [DriverRing; 2],
+    /// As long as it lives, so does the connection.
+    _front: Frontend,
+}
+
+impl Guest {
+    fn new(socket: UnixStream) -> Result<Guest, Box<dyn Error>> {
+        let ram = GuestRam::new(RAM)?;
+        let to = DriverRing::new(SIZE, GUEST_BASE);
+        let from = DriverRing::new(SIZE, to.end().next_multiple_of(4096));
+        let rings = [to, from];
+        let mut front = Frontend::from_stream(socket, 2);
+        front.set_owner()?;
+        let features = front.get_features()? & !bit::LOG_ALL;
+        let protocol = front.get_protocol_features()?;
+        front.set_protocol_features(protocol)?;
+        front.set_features(features)?;
+        let at = ram.address();
+        front.set_mem_table(&[VhostUserMemoryRegionInfo {
+            guest_phys_addr: at.guest,
+            memory_size: at.size,
+            userspace_addr: at.user,
+            mmap_offset: at.offset,
+            mmap_handle: ram.as_fd().as_raw_fd(),
+        }])?;
+        for (index, ring) in rings.iter().enumerate() {
+            front.set_vring_num(index, SIZE)?;
+            front.set_vring_base(index, 0)?;
+            front.set_vring_addr(
+                index,
+                &VringConfigData {
+                    queue_max_size: SIZE,
+                    queue_size: SIZE,
+                    flags: 0,
+                    desc_table_addr: DriverRing::user(ring.descriptors),
+                    used_ring_addr: DriverRing::user(ring.used),
+                    avail_ring_addr: DriverRing::user(ring.available),
+                    log_addr: None,
+                },
+            )?;
+            front.set_vring_kick(index, &EventFd::new(0)?)?;
+            front.set_vring_enable(index, true)?;
+        }
+        // Answered only after all that came before was done.
+        front.get_features()?;
+        Ok(Guest { ram, rings, _front: front })
+    }
+
+    fn post(&mut self, ring: usize, slot: u64, len: u32, flags: u16, layout: Layout) {
+        let at = BUFFERS + slot * 2048;
+        let ring = &mut self.rings[ring];
+        let apart = [(at, 12, flags), (at + 12, len, flags)];
+        match layout {
+            Layout::One => ring.post(&self.ram, &[(at, 12 + len, flags)]),
+            Layout::Apart => ring.post(&self.ram, &apart),
+            Layout::Indirect => ring.post_indirect(&self.ram, at + 1920, &apart),
+        };
+    }
+}
+
+/// Nanoseconds per frame of the middle batch: what others do on the machine does not count.
+fn median(mut times: Vec<Duration>) -> f64 {
+    times.sort_unstable();
+    times[times.len() / 2].as_nanos() as f64 / BATCH as f64
+}
+
+fn from_guest(guest: &mut Guest, end: &mut FromGuest, pool: &mut Pool, len: u32, layout: Layout) -> f64 {
+    let (mut times, mut count) = (Vec::new(), 0);
+    let mut batch = Batch::new();
+    for turn in 0..BATCHES {
+        for index in 0..BATCH as u64 {
+            guest.post(1, (u64::from(turn) * BATCH as u64 + index) % 512, len, 0, layout);
+        }
+        guest.rings[1].show(&guest.ram);
+        let begun = Instant::now();
+        end.receive(pool, &mut batch);
+        times.push(begun.elapsed());
+        count += batch.len();
+        batch.give(pool);
+        while guest.rings[1].reap(&guest.ram).is_some() {}
+    }
+    assert_eq!(count, BATCH * BATCHES as usize, "every frame came");
+    median(times)
+}
+
+fn to_guest(guest: &mut Guest, end: &mut ToGuest, pool: &mut Pool, len: u32, layout: Layout) -> f64 {
+    let (mut times, mut count) = (Vec::new(), 0);
+    let bytes = vec![0xa5; len as usize];
+    let mut batch = Batch::new();
+    for turn in 0..BATCHES {
+        for index in 0..BATCH as u64 {
+            guest.post(0, (u64::from(turn) * BATCH as u64 + index) % 512, 1800, WRITE, layout);
+        }
+        guest.rings[0].show(&guest.ram);
+        for _ in 0..BATCH {
+            batch.push(pool.copy(&bytes).expect("there are chunks"));
+        }
+        let begun = Instant::now();
+        count += end.transmit(pool, &mut batch);
+        end.flush();
+        times.push(begun.elapsed());
+        while guest.rings[0].reap(&guest.ram).is_some() {}
+    }
+    assert_eq!(count, BATCH * BATCHES as usize, "every frame went");
+    median(times)
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let folder = tempfile::tempdir()?;
+    let config = PortConfig {
+        path: folder.path().join("socket"),
+        mode: Mode::Server,
+        queue_pairs: 1,
+        mtu: 1500,
+        offloads: true,
+        standby: false,
+    };
+    let path = config.path.clone();
+    let port = Port::open(config, Box::new(|_| {}))?;
+    let mut guest = Guest::new(UnixStream::connect(path)?)?;
+    let mut pool = Pool::new(&Region::new(RegionLayout { small: 1024, large: 4 })?);
+    let mut ends = port.queues();
+    let (from, to) = &mut ends[0];
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "ns per frame            from the guest   to the guest")?;
+    for (name, layout) in [("one", Layout::One), ("apart", Layout::Apart), ("indirect", Layout::Indirect)] {
+        for len in [64, 512, 1500] {
+            let received = from_guest(&mut guest, from, &mut pool, len, layout);
+            let sent = to_guest(&mut guest, to, &mut pool, len, layout);
+            writeln!(out, "{name:>10} {len:>5} bytes   {received:>14.1}   {sent:>12.1}")?;
+        }
+    }
+    Ok(())
+}
