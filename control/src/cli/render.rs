@@ -232,10 +232,7 @@ pub(super) fn stats(output: &Output, answer: &v1::GetStatsResponse) -> Result<bo
         });
         output.table(&["group", "rule", "packets", "bytes"], rows.collect());
     }
-    if !answer.vfs.is_empty() {
-        output.line("");
-        vf::counters(output, &answer.vfs);
-    }
+    vf::counters(output, &answer.vfs);
     Ok(true)
 }
 

@@ -229,6 +229,24 @@ fn details_are_the_path_of_a_vnic_and_the_nic_of_a_switch() {
 }
 
 #[test]
+fn vfs_that_nobody_counts_are_not_listed() {
+    let silent = v1::VfCounters { vnic: "vm1".to_owned(), ..v1::VfCounters::default() };
+    let counted = v1::VfCounters { vnic: "vm2".to_owned(), tx_dropped: Some(0), ..v1::VfCounters::default() };
+    let stats = |vfs: &[&v1::VfCounters]| {
+        let vfs = vfs.iter().map(|vf| (*vf).clone()).collect();
+        let answer = v1::GetStatsResponse { vfs, ..v1::GetStatsResponse::default() };
+        printed(|output| assert!(render::stats(output, &answer).expect("printed")))
+    };
+    assert_eq!(stats(&[&silent]), stats(&[]));
+    let text = stats(&[&silent, &counted]);
+    assert!(
+        text.ends_with("\nvnic/vm2  -           -         -           -         -           0\n"),
+        "{text}"
+    );
+    assert!(!text.contains("vm1"), "{text}");
+}
+
+#[test]
 fn a_probe_says_for_which_nics_it_holds() {
     use v1::probe_finding::Verdict;
     let finding = |feature: &str, verdict: Verdict, text: &str| v1::ProbeFinding {

@@ -157,13 +157,21 @@ pub(in crate::cli) fn probed(
     Ok(true)
 }
 
-/// Counters of VFs; a dash where the NIC does not count.
+/// Counters of VFs whose NICs count; a dash where one counts other things only.
 pub(super) fn counters(output: &Output, vfs: &[v1::VfCounters]) {
-    let rows = vfs.iter().map(|vf| {
+    let rows = vfs.iter().filter_map(|vf| {
         let numbers = [vf.rx_packets, vf.rx_bytes, vf.tx_packets, vf.tx_bytes, vf.rx_dropped, vf.tx_dropped];
-        let cell = |number: &Option<u64>| number.map_or_else(|| "-".to_owned(), |number| number.to_string());
-        std::iter::once(format!("vnic/{}", vf.vnic)).chain(numbers.iter().map(cell)).collect()
+        numbers.iter().any(Option::is_some).then(|| {
+            let cell =
+                |number: &Option<u64>| number.map_or_else(|| "-".to_owned(), |number| number.to_string());
+            std::iter::once(format!("vnic/{}", vf.vnic)).chain(numbers.iter().map(cell)).collect()
+        })
     });
+    let rows: Vec<Vec<String>> = rows.collect();
+    if rows.is_empty() {
+        return;
+    }
+    output.line("");
     let headers = ["vf of", "rx packets", "rx bytes", "tx packets", "tx bytes", "rx dropped", "tx dropped"];
-    output.table(&headers, rows.collect());
+    output.table(&headers, rows);
 }
