@@ -51,10 +51,8 @@ fn frames_tell_what_the_nic_does() -> Result<()> {
     let before = interfaces()?;
     let start = Instant::now();
     let report = probe(&mut nic, VF, VlanId::new(4000)?)?;
-    println!("{:?}", start.elapsed());
-    for finding in &report.findings {
-        println!("{finding}");
-    }
+    // Seven seconds here; the NIC's thread does nothing else meanwhile.
+    ensure!(start.elapsed() < PATIENCE, "it took {:?}", start.elapsed());
     ensure!(report.identity.is_same_kind(nic.identity()));
     for (ability, wanted) in [
         (Attestable::MacGuard, Verdict::Refuted),
