@@ -20,6 +20,8 @@ pub use text::{parse_ethertype, parse_number, parse_protocol, parse_tcp_flags};
 
 /// A resource's desired state, as a domain type.
 #[derive(Clone, Debug, PartialEq, Eq)]
+// Most are vNICs, which are the largest.
+#[allow(clippy::large_enum_variant)]
 pub enum Spec {
     /// A switch.
     Switch(Switch),

@@ -95,9 +95,10 @@ fn why_not(path: &v1::PathStatus) -> Finding {
             found
         }
         Reason::NicUnavailable | Reason::Drifted => finding(Level::Warning, "no VF", &path.message, ""),
-        Reason::NoNic | Reason::NoFreeVf | Reason::BackingOff | Reason::Held | Reason::InTransition => {
+        Reason::NoNic | Reason::NoFreeVf | Reason::BackingOff | Reason::Held => {
             finding(Level::Note, "no VF", &path.message, "")
         }
+        Reason::InTransition => finding(Level::Note, "in transition", &path.message, ""),
     }
 }
 
@@ -128,7 +129,8 @@ fn of_nic(nic: &v1::NicStatus) -> Finding {
         .capabilities
         .iter()
         .map(|one| {
-            let level = if one.sufficient { Level::Ok } else { Level::Note };
+            let is_proven = one.sufficient && one.evidence != "attested";
+            let level = if is_proven { Level::Ok } else { Level::Note };
             let detail = match one.evidence.as_str() {
                 "attested" => "attested, not proven".to_owned(),
                 "refuted" => {

@@ -23,7 +23,8 @@ impl Core {
         let port = only.map(|vnic| lower::vnic_port(&vnic.name));
         let mut answer = v1::GetStatsResponse::default();
         for (name, id) in &self.state.ids.ports.by_name {
-            if port.as_ref().is_some_and(|port| port != name) {
+            let is_absent_vf = name.starts_with("vf/") && !self.image.ports.contains_key(id);
+            if is_absent_vf || port.as_ref().is_some_and(|port| port != name) {
                 continue;
             }
             let stats = self.engine.port_stats(*id)?;

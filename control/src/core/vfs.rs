@@ -37,8 +37,12 @@ pub(super) struct Vfs {
     counters: BTreeMap<String, Vec<v1::VfCounters>>,
     /// Revisions that the threads have acted upon.
     revisions: BTreeMap<String, u64>,
-    told: Option<(u64, BTreeMap<String, BTreeSet<(Domain, MacAddr)>>)>,
+    /// Revision and stations that the threads were last told.
+    told: Option<(u64, Stations)>,
 }
+
+/// Stations behind uplinks, by switch.
+type Stations = BTreeMap<String, BTreeSet<(Domain, MacAddr)>>;
 
 impl Vfs {
     /// What the engine is told.
@@ -122,7 +126,7 @@ impl Core {
     }
 
     /// Stations behind uplinks whose NIC is in switchdev mode, by switch.
-    fn stations(&self) -> BTreeMap<String, BTreeSet<(Domain, MacAddr)>> {
+    fn stations(&self) -> Stations {
         let is_switchdev = |switch: &str| {
             let outlook = self.vfs.outlooks.get(switch);
             outlook
@@ -138,7 +142,7 @@ impl Core {
                 Some((self.state.ids.ports.get(&lower::uplink_port(&switch.name))?, switch.name.as_str()))
             })
             .collect();
-        let mut stations: BTreeMap<String, BTreeSet<(Domain, MacAddr)>> = BTreeMap::new();
+        let mut stations = Stations::new();
         if uplinks.is_empty() {
             return stations;
         }

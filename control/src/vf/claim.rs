@@ -228,7 +228,7 @@ impl Claim {
                 None => "until it is released (sluice release)".to_owned(),
                 Some(until) => format!("for {} s more", until.saturating_sub(around.now).div_ceil(1000)),
             };
-            return plain(Reason::Held, format!("it is held on its software path {until}: {}", hold.reason));
+            return plain(Reason::Held, format!("it is held there {until}: {}", hold.reason));
         }
         if let Some(trouble) = around.trouble {
             return plain(Reason::NicUnavailable, trouble.to_owned());

@@ -263,6 +263,8 @@ impl Manager {
         match spare {
             Some(vf) => {
                 let index = vf.index;
+                // Drivers give new VFs addresses, which is not to be taken for somebody's setting.
+                self.ensure_clean(index).map_err(|error| error.to_string())?;
                 // The probe leaves it clean, but is not believed.
                 self.clean.remove(&index);
                 Ok((self.parts.nic.as_mut(), index))

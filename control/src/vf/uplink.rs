@@ -139,6 +139,7 @@ pub(super) fn run(mut setting: Setting, world: World, receiver: &Receiver<Messag
             }
             Ok(Message::Release { vnic, done }) => {
                 manager.release(clock(), &vnic);
+                manager.step(clock(), false);
                 // Whoever asked may have gone.
                 let _ = done.send(status(&manager, clock(), &vnic));
             }
