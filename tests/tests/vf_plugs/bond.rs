@@ -105,6 +105,7 @@ impl Connection {
 
 #[test]
 #[ignore = "runs in the SR-IOV lab"]
+#[allow(clippy::print_stdout)] // Figures are what one wants to read.
 fn connections_over_a_bond_survive_plugging_and_unplugging() -> Result<()> {
     let (mut eswitch, _) = open_vf()?;
     eswitch.disable(VF)?;

@@ -114,7 +114,7 @@ impl Function {
         }
         let probed = self.probe();
         if is_off {
-            
+            fs::write(&switch, "0")?;
         }
         probed
     }

@@ -429,7 +429,7 @@ fn a_monitor_that_misbehaves_is_left() {
                 script.begin();
                 let (_, id) = script.expect("qom-list");
                 // Answers to what was never asked, and events without an end.
-                script.line(&json!({"return": [], "id": 77}).to_string());
+                script.refuse(&json!(77), "GenericError", "this is for somebody else");
                 script.line(r#"{"return": []}"#);
                 let _ = id;
                 let start = Instant::now();
