@@ -28,11 +28,15 @@ pub(crate) const NETWORK_TOOLS: [Need; 7] = [
     Need::program("udhcpc", "udhcpc"),
 ];
 
+/// DPDK's testpmd, a guest that others wrote for the tests of vhost-user.
+const PEERS: [Need; 1] = [Need::program("dpdk-testpmd", "dpdk-dev")];
+
 /// Run the tests; `quick` leaves out the end-to-end suites, `without_lab` those in the SR-IOV lab. `extra` goes to the
 /// test runner.
 pub(crate) fn test(quick: bool, without_lab: bool, extra: &[String]) -> Result<()> {
     require_root("the tests", "test")?;
     packages::ensure("testing", &NETWORK_TOOLS)?;
+    packages::ensure("testing vhost-user", &PEERS)?;
     ebpf::build(None, false)?;
     build_programs()?;
     if !quick && !without_lab {
