@@ -105,8 +105,8 @@ impl Engine {
         self.publish(&mut wanted, &image);
     }
 
-    /// Takes a port's ways out away: frames for it are dropped, as of a port that is down. What is in its queues is dropped
-    /// when the last worker has finished its batch.
+    /// Takes a port's ways out away: frames for it are dropped, as of a port that is down. Its queues are dropped a moment
+    /// later, when the last worker has finished its batch ([`Processor::idle`] and [`rest`](Processor::rest) see to it).
     pub fn detach(&self, port: u32) {
         self.attach(port, Vec::new());
     }

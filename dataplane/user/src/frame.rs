@@ -15,6 +15,7 @@ mod pool;
 mod tests;
 
 use buffer::Chunk;
+pub(crate) use buffer::Lent;
 pub use buffer::{Region, RegionError, RegionLayout};
 pub use offload::{Checksum, Gso, GsoKind, Offload, OffloadError};
 pub use pool::Pool;
@@ -169,5 +170,30 @@ impl Frame {
     /// The region that it belongs to.
     pub fn region(&self) -> &Region {
         self.chunk.region()
+    }
+}
+
+impl Lent {
+    /// Lends a frame's chunk to the kernel; answers where its bytes are in the UMEM. A frame that is not of the UMEM is
+    /// given back.
+    #[inline]
+    pub(crate) fn lend_frame(&mut self, frame: Frame) -> Result<u64, Frame> {
+        let Frame { chunk, start, length, offload } = frame;
+        match self.lend(chunk) {
+            Ok(number) => Ok(u64::from(number) * SMALL_CHUNK as u64 + u64::from(start)),
+            Err(chunk) => Err(Frame { chunk, start, length, offload }),
+        }
+    }
+
+    /// Takes the chunk at a place in the UMEM back, as a frame of so many bytes from there; `None` if the kernel did not
+    /// have it, or the bytes are not in it.
+    #[inline]
+    pub(crate) fn redeem_frame(&mut self, address: u64, length: u32) -> Option<Frame> {
+        let start = (address % SMALL_CHUNK as u64) as usize;
+        if start + length as usize > SMALL_CHUNK {
+            return None;
+        }
+        let number = u32::try_from(address / SMALL_CHUNK as u64).ok()?;
+        Some(Frame::over(self.redeem(number)?, start, length as usize))
     }
 }

@@ -13,3 +13,4 @@ pub mod offload;
 pub mod port;
 pub mod vhost;
 pub mod workers;
+pub mod xdp;

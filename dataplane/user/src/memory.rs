@@ -74,6 +74,13 @@ fn one_way(capacity: usize, accepts: Accepts) -> nix::Result<(MemoryTransmit, Me
     Ok((transmit, MemoryReceive { frames: consumer, bell }))
 }
 
+impl MemoryReceive {
+    /// Whether the transmitting half is gone. What it has sent can still be received.
+    pub fn is_abandoned(&self) -> bool {
+        self.frames.is_abandoned()
+    }
+}
+
 impl Receive for MemoryReceive {
     fn receive(&mut self, _pool: &mut Pool, batch: &mut Batch) {
         let count = self.frames.slots().min(batch.room());

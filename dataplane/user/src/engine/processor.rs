@@ -22,7 +22,8 @@ use crate::port::Batch;
 #[derive(Debug)]
 pub struct Processor {
     shared: Arc<Shared>,
-    tables: Cache<Arc<ArcSwap<Tables>>, Arc<Tables>>,
+    /// Absent while it rests.
+    tables: Option<Cache<Arc<ArcSwap<Tables>>, Arc<Tables>>>,
     counters: Arc<Counters>,
     own: Own,
     pool: Pool,
@@ -38,7 +39,7 @@ impl Processor {
         let counters = Arc::new(Counters::new());
         shared.counters.lock().working.push(Arc::clone(&counters));
         Processor {
-            tables: Cache::new(Arc::clone(&shared.published)),
+            tables: None,
             shared,
             counters,
             own: Own { verdicts: RefCell::new(Verdicts::new()), copies: RefCell::new(FdbCopies::new()) },
@@ -53,11 +54,24 @@ impl Processor {
         &mut self.pool
     }
 
+    /// Without frames for a moment: lets go of tables that are outdated, and with them of ports that are detached.
+    #[inline]
+    pub fn idle(&mut self) {
+        if let Some(tables) = &mut self.tables {
+            tables.load();
+        }
+    }
+
+    /// Without frames for longer: lets go of all tables, since nobody says when they become outdated.
+    pub fn rest(&mut self) {
+        self.tables = None;
+    }
+
     /// Takes frames that came from port `ingress` through everything, and leaves the batch empty. `now` is nanoseconds of
     /// the monotonic clock, the same for all processors of the engine.
     pub fn process(&mut self, ingress: u32, batch: &mut Batch, now: u64) {
         let Processor { shared, tables, counters, own, pool, outgoing, copies } = self;
-        let tables: &Tables = tables.load();
+        let tables: &Tables = tables.get_or_insert_with(|| Cache::new(Arc::clone(&shared.published))).load();
         let seconds = (now / 1_000_000_000) as u32;
         let view = View { tables, fdb: &shared.fdb, buckets: &shared.buckets, counters, own, now, seconds };
         for frame in batch.frames() {

@@ -202,6 +202,25 @@ fn what_a_full_queue_refuses_is_counted_and_not_lost_from_the_books() {
 }
 
 #[test]
+fn a_detached_port_is_let_go_of_by_those_who_have_nothing_to_do() {
+    for rests in [false, true] {
+        let mut bench = Bench::new(vec![Policy::default(); 2], &[Accepts::ALL; 2]);
+        let [one, two] = bench.ports[..] else { panic!("two ports") };
+        let frame = bench.frame(mac(2), mac(1));
+        bench.process(one, vec![frame], SECOND);
+        if rests {
+            bench.processor.rest();
+        }
+        bench.engine.detach(two);
+        if !rests {
+            bench.processor.idle();
+        }
+        assert!(bench.ends[&two].receive.is_abandoned());
+        assert!(!bench.ends[&one].receive.is_abandoned());
+    }
+}
+
+#[test]
 fn a_new_policy_holds_from_the_next_batch_on() {
     let mut bench = Bench::new(vec![Policy::default(); 2], &[Accepts::ALL; 2]);
     let [one, two] = bench.ports[..] else { panic!("two ports") };

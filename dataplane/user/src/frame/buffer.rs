@@ -125,6 +125,11 @@ impl Region {
         all.saturating_sub(idle + pooled)
     }
 
+    /// Address and length of the small chunks, to be registered with the kernel as UMEM.
+    pub(crate) fn umem(&self) -> (NonNull<u8>, usize) {
+        (self.memory, self.layout.small as usize * SMALL_CHUNK)
+    }
+
     /// A count for a new pool, which keeps it up to date.
     pub(super) fn add_pool(&self) -> Arc<AtomicUsize> {
         let count = Arc::new(AtomicUsize::new(0));
@@ -225,6 +230,77 @@ impl Chunk {
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = offset;
+    }
+}
+
+/// Small chunks that are lent to the kernel: their tokens are kept here until it gives them back. What it does not have it
+/// cannot give back, nor anything twice.
+pub(crate) struct Lent {
+    region: Arc<Region>,
+    /// A bit for each small chunk.
+    bits: Box<[u64]>,
+    count: usize,
+}
+
+impl Lent {
+    pub(crate) fn new(region: &Arc<Region>) -> Lent {
+        let words = (region.layout.small as usize).div_ceil(64);
+        Lent { region: Arc::clone(region), bits: vec![0; words].into(), count: 0 }
+    }
+
+    /// The region that its chunks are of.
+    pub(crate) fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+
+    /// How many are lent.
+    #[cfg(test)]
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Lends a chunk, and answers its number; or gives it back if the kernel does not know it.
+    #[inline]
+    pub(super) fn lend(&mut self, chunk: Chunk) -> Result<u32, Chunk> {
+        if chunk.class != Class::Small || !Arc::ptr_eq(&chunk.region, &self.region) {
+            return Err(chunk);
+        }
+        // Its share in the region is kept with it, and comes back with it.
+        let chunk = ManuallyDrop::new(chunk);
+        self.bits[chunk.number as usize / 64] |= 1 << (chunk.number % 64);
+        self.count += 1;
+        Ok(chunk.number)
+    }
+
+    /// Takes a chunk back; `None` if it is not lent.
+    #[inline]
+    pub(super) fn redeem(&mut self, number: u32) -> Option<Chunk> {
+        let bit = 1 << (number % 64);
+        let word = self.bits.get_mut(number as usize / 64)?;
+        if *word & bit == 0 {
+            return None;
+        }
+        *word &= !bit;
+        self.count -= 1;
+        // SAFETY: the number is that of a small chunk, which lies in the mapping.
+        let start = unsafe { self.region.memory.add(number as usize * SMALL_CHUNK) };
+        // SAFETY: a share in this same region was kept when the chunk was lent, and is taken over here, once.
+        let region = unsafe { std::ptr::read(&raw const self.region) };
+        Some(Chunk { region, start, number, class: Class::Small })
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        for number in 0..self.region.layout.small {
+            drop(self.redeem(number));
+        }
+    }
+}
+
+impl fmt::Debug for Lent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Lent({})", self.count)
     }
 }
 

@@ -125,3 +125,34 @@ fn lies_about_offloads_are_refused() {
     frame.set_offload(Offload { checksum: partial, gso }).expect("it fits");
     assert!(!frame.offload().is_complete());
 }
+
+#[test]
+fn what_is_lent_comes_back_once() {
+    let region = region();
+    let mut pool = Pool::new(&region);
+    let mut lent = Lent::new(&region);
+    let frame = pool.copy(&[1, 2, 3]).expect("a chunk");
+    let address = lent.lend_frame(frame).expect("it is of the region");
+    assert_eq!(address as usize % SMALL_CHUNK, HEADROOM);
+    assert_eq!((lent.count(), region.outstanding()), (1, 1));
+    assert!(lent.redeem_frame(address + SMALL_CHUNK as u64, 3).is_none(), "another was not lent");
+    assert!(lent.redeem_frame(u64::MAX, 3).is_none());
+    assert!(lent.redeem_frame(address, SMALL_CHUNK as u32).is_none(), "too long");
+    let frame = lent.redeem_frame(address, 3).expect("it was lent");
+    assert_eq!(frame.bytes(), [1, 2, 3]);
+    assert!(lent.redeem_frame(address, 3).is_none(), "a second token");
+    pool.give(frame);
+    let large = pool.take(10_000).expect("a chunk");
+    assert!(lent.lend_frame(large).is_err());
+    let other = Region::new(RegionLayout { small: 10, large: 0 }).expect("memory");
+    assert!(lent.lend_frame(Pool::new(&other).take(1).expect("a chunk")).is_err());
+    for _ in 0..100 {
+        lent.lend_frame(pool.take(1).expect("a chunk")).expect("it is of the region");
+    }
+    assert_eq!(region.outstanding(), 100);
+    drop(lent);
+    assert_eq!(region.outstanding(), 0);
+    let weak = Arc::downgrade(&region);
+    drop((region, pool));
+    assert!(weak.upgrade().is_none(), "every share in the region has come back");
+}

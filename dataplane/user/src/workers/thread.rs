@@ -202,6 +202,7 @@ impl Worker {
                 time = awake;
                 last_busy = awake;
             } else {
+                self.processor.idle();
                 std::hint::spin_loop();
             }
         }
@@ -240,6 +241,7 @@ impl Worker {
         }
         if armed == self.queues.len() {
             add(&self.counters.sleeps, 1);
+            self.processor.rest();
             let nap = EpollTimeout::try_from(self.patience.nap).unwrap_or(EpollTimeout::ZERO);
             let timeout = if must_look { nap } else { EpollTimeout::NONE };
             // An interruption is as good as a ring.
