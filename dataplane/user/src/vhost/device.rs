@@ -185,7 +185,7 @@ impl<'a> Device<'a> {
                 slot.queue.lock().set_enabled(true, &slot.counters)?;
             }
         }
-        self.shared.update(|status| status.features = features);
+        self.shared.set_features(self.common.features);
         self.shared.tell(PortEvent::Negotiated);
         Ok(())
     }
@@ -212,6 +212,7 @@ impl<'a> Device<'a> {
         for slot in &self.shared.slots {
             slot.queue.lock().reset(&slot.counters);
         }
+        self.shared.set_features(Features::default());
         // Memory is the front-end's, not the device's.
         self.common = Common { memory: Arc::clone(&self.common.memory), ..Common::default() };
         self.share()
@@ -293,6 +294,7 @@ impl<'a> Device<'a> {
 impl Drop for Device<'_> {
     /// The front-end went away, and its memory with it.
     fn drop(&mut self) {
+        self.shared.set_features(Features::default());
         for slot in &self.shared.slots {
             slot.queue.lock().reset(&slot.counters);
         }

@@ -153,10 +153,6 @@ impl Live {
         self.inflight
     }
 
-    pub(super) fn accepts(&self) -> Accepts {
-        self.accepts
-    }
-
     /// Whether the guest's memory went away. One look, while none did anywhere.
     #[inline]
     fn is_lost(&mut self) -> bool {

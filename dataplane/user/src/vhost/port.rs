@@ -6,8 +6,10 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
@@ -15,6 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
 use super::counters::{Counters, QueueCounters};
+use super::features::Features;
 use super::queue::{Queue, QueueState};
 use super::queues::{FromGuest, ToGuest};
 use super::session::{Endpoint, serve};
@@ -105,7 +108,8 @@ pub enum OpenError {
 pub(super) struct Slot {
     pub(super) queue: Mutex<Queue>,
     pub(super) counters: Counters,
-    pub(super) event: Arc<std::os::fd::OwnedFd>,
+    pub(super) event: Arc<OwnedFd>,
+    pub(super) is_live: Arc<AtomicBool>,
 }
 
 /// What the session and the workers share.
@@ -113,7 +117,9 @@ pub(super) struct Shared {
     pub(super) config: PortConfig,
     pub(super) slots: Vec<Slot>,
     /// An eventfd, readable once the port is being removed.
-    pub(super) stop: std::os::fd::OwnedFd,
+    pub(super) stop: OwnedFd,
+    /// Features that the guest took; none without a guest.
+    features: AtomicU64,
     status: Mutex<Status>,
     listener: Listener,
 }
@@ -121,6 +127,15 @@ pub(super) struct Shared {
 impl Shared {
     pub(super) fn tell(&self, event: PortEvent) {
         (self.listener)(event);
+    }
+
+    #[inline]
+    pub(super) fn features(&self) -> Features {
+        Features(self.features.load(Ordering::Acquire))
+    }
+
+    pub(super) fn set_features(&self, features: Features) {
+        self.features.store(features.0, Ordering::Release);
     }
 
     pub(super) fn update(&self, change: impl FnOnce(&mut Status)) {
@@ -141,7 +156,7 @@ pub struct Status {
     pub is_connected: bool,
     /// How many have been.
     pub connections: u64,
-    /// Features that the guest took.
+    /// Features that the guest took; none without a guest.
     pub features: u64,
     /// Bytes of memory that the guest shares.
     pub memory: u64,
@@ -185,12 +200,20 @@ impl Port {
         let slots = (0..usize::from(config.queue_pairs) * 2).map(|index| {
             let queue = Queue::new(index, longest)?;
             let event = Arc::clone(queue.event());
-            Ok(Slot { queue: Mutex::new(queue), counters: Counters::default(), event })
+            let is_live = Arc::clone(queue.is_live());
+            Ok(Slot { queue: Mutex::new(queue), counters: Counters::default(), event, is_live })
         });
         let slots = slots.collect::<Result<Vec<_>, Errno>>()?;
         let endpoint = Endpoint::new(&config)?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let shared = Arc::new(Shared { config, slots, stop, status: Mutex::default(), listener });
+        let shared = Arc::new(Shared {
+            config,
+            slots,
+            stop,
+            features: AtomicU64::new(0),
+            status: Mutex::default(),
+            listener,
+        });
         let thread = std::thread::Builder::new().name("vhost-user".to_owned()).spawn({
             let shared = Arc::clone(&shared);
             move || serve(&shared, &endpoint)
@@ -213,6 +236,7 @@ impl Port {
     #[must_use]
     pub fn status(&self) -> Status {
         let mut status = self.shared.status.lock().clone();
+        status.features = self.shared.features().0;
         let queues = self
             .shared
             .slots

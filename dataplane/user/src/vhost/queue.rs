@@ -13,6 +13,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::epoll;
 
@@ -27,7 +28,7 @@ use super::memory::GuestMemory;
 use super::notify::EventFd;
 use super::ring::{MAX_SIZE, RingAddresses, SplitRing};
 use crate::frame::{Frame, Pool};
-use crate::port::{Accepts, Batch};
+use crate::port::Batch;
 
 /// How the driver says that it made buffers available.
 #[derive(Debug)]
@@ -77,6 +78,8 @@ pub(super) struct Queue {
     error: Option<EventFd>,
     is_enabled: bool,
     live: Option<Live>,
+    /// Whether there is one, to be looked at without the queue's lock.
+    is_live: Arc<AtomicBool>,
     fault: Option<QueueError>,
     /// Readable when the guest kicks; it outlives the kick descriptors, which come and go with the guest.
     event: Arc<OwnedFd>,
@@ -99,6 +102,7 @@ impl Queue {
             error: None,
             is_enabled: false,
             live: None,
+            is_live: Arc::default(),
             fault: None,
             event: Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?),
         })
@@ -112,13 +116,12 @@ impl Queue {
         }
     }
 
-    pub(super) fn event(&self) -> &Arc<OwnedFd> {
-        &self.event
+    pub(super) fn is_live(&self) -> &Arc<AtomicBool> {
+        &self.is_live
     }
 
-    /// What the guest, or we, take; nothing while the queue is not served.
-    pub(super) fn accepts(&self) -> Option<Accepts> {
-        self.live.as_ref().map(Live::accepts)
+    pub(super) fn event(&self) -> &Arc<OwnedFd> {
+        &self.event
     }
 
     // What the session does.
@@ -126,6 +129,7 @@ impl Queue {
     /// Stops the service, to be gone on with later; the driver is told of all that was done.
     fn pause(&mut self, counters: &Counters) {
         let Some(mut live) = self.live.take() else { return };
+        self.is_live.store(false, Ordering::Release);
         live.notify(self.call.as_ref(), counters);
         // Nothing of the ring is of use once the memory behind it went.
         self.position = Some(live.position());
@@ -168,6 +172,7 @@ impl Queue {
             Live::new(ring, Arc::clone(memory), Position { available, used: position.used }, terms);
         live.resume(left);
         self.live = Some(live);
+        self.is_live.store(true, Ordering::Release);
         // Whoever sleeps on the queue looks at it now, and whoever waits in the guest does too: notifications may have been lost.
         if let Some(Kick::Event(kick)) = &self.kick {
             kick.signal();

@@ -5,6 +5,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::error::FrameFault;
@@ -58,24 +59,42 @@ impl Receive for FromGuest {
 }
 
 /// The way out: what the guest receives.
+///
+/// A guest need not use all queues that it could have. Frames for one that is not served go to one that is.
 #[derive(Debug)]
 pub struct ToGuest {
     shared: Arc<Shared>,
     index: usize,
-    /// Frames were delivered that the guest was not notified of.
-    is_silent: bool,
+    /// The queue that frames were put into that the guest was not notified of.
+    silent: Option<usize>,
 }
 
 impl ToGuest {
     pub(super) fn new(shared: Arc<Shared>, index: usize) -> Self {
-        Self { shared, index, is_silent: false }
+        Self { shared, index, silent: None }
+    }
+
+    /// The queue to be used now.
+    #[inline]
+    fn target(&self) -> usize {
+        let is_live = |slot: &Slot| slot.is_live.load(Ordering::Acquire);
+        if is_live(&self.shared.slots[self.index]) {
+            return self.index;
+        }
+        // Drivers use the first so many pairs.
+        let used = self.shared.slots.iter().step_by(2).take_while(|slot| is_live(slot)).count();
+        (self.index / 2).checked_rem(used).map_or(self.index, |pair| 2 * pair)
     }
 }
 
 impl Transmit for ToGuest {
     #[inline]
     fn transmit(&mut self, pool: &mut Pool, batch: &mut Batch) -> usize {
-        let slot = &self.shared.slots[self.index];
+        let index = self.target();
+        if self.silent.is_some_and(|silent| silent != index) {
+            self.flush();
+        }
+        let slot = &self.shared.slots[index];
         let mut sent = 0;
         if let Some(mut queue) = slot.queue.try_lock_for(PATIENCE) {
             match queue.deliver(batch.frames(), &slot.counters) {
@@ -83,25 +102,25 @@ impl Transmit for ToGuest {
                 None => slot.counters.fault(FrameFault::NotRunning, batch.len() as u64),
             }
         }
-        self.is_silent |= sent > 0;
+        if sent > 0 {
+            self.silent = Some(index);
+        }
         batch.give(pool);
         sent
     }
 
+    #[inline]
     fn accepts(&self) -> Accepts {
-        let queue = self.shared.slots[self.index].queue.try_lock_for(PATIENCE);
-        queue.and_then(|queue| queue.accepts()).unwrap_or_default()
+        self.shared.features().guest_accepts()
     }
 
     #[inline]
     fn flush(&mut self) {
-        if !self.is_silent {
-            return;
-        }
-        let slot = &self.shared.slots[self.index];
+        let Some(index) = self.silent else { return };
+        let slot = &self.shared.slots[index];
         if let Some(mut queue) = slot.queue.try_lock_for(PATIENCE) {
             queue.notify(&slot.counters);
-            self.is_silent = false;
+            self.silent = None;
         }
     }
 }

@@ -149,7 +149,6 @@ fn session(shared: &Shared, socket: UnixStream) -> SessionError {
     };
     shared.update(|status| {
         status.is_connected = false;
-        status.features = 0;
         status.memory = 0;
         status.mtu = None;
         status.last_error = Some(error.to_string());

@@ -301,6 +301,23 @@ fn a_restarted_switch_goes_on_where_the_guest_is() {
 }
 
 #[test]
+fn frames_for_a_pair_that_the_guest_does_not_use_go_to_one_that_it_does() {
+    let mut served = Served::new(Mode::Server);
+    let mut vmm = Vmm::boot(served.dial());
+    vmm.refill(0, 4);
+    vmm.front.set_vring_enable(2, false).unwrap();
+    vmm.front.set_vring_enable(3, false).unwrap();
+    assert_eq!(served.send(1, &frame(60, 1)), 1);
+    assert_eq!(vmm.rings[0].reap(&vmm.ram).map(|(_, written)| written), Some(72));
+    assert!(vmm.calls[0].read().is_ok_and(|calls| calls > 0), "and the guest is told");
+    vmm.front.set_vring_enable(2, true).unwrap();
+    vmm.refill(1, 4);
+    assert_eq!(served.send(1, &frame(60, 1)), 1);
+    assert!(vmm.rings[2].reap(&vmm.ram).is_some());
+    assert!(vmm.rings[0].reap(&vmm.ram).is_none());
+}
+
+#[test]
 fn a_ring_stops_and_says_where() {
     let mut served = Served::new(Mode::Server);
     let mut vmm = Vmm::boot(served.dial());
