@@ -63,12 +63,23 @@ impl FlowReport {
     }
 }
 
+/// Which packets of a stream did not arrive as they were sent, by their numbers from 0.
+#[derive(Clone, Debug, Default)]
+pub struct FlowTrace {
+    /// Those that never arrived.
+    pub lost: Vec<u64>,
+    /// Those that arrived again; once for each time.
+    pub duplicated: Vec<u64>,
+    /// Those that arrived after a later one.
+    pub reordered: Vec<u64>,
+}
+
 #[derive(Debug, Default)]
 struct Arrivals {
     seen: Vec<u64>,
     received: u64,
-    duplicated: u64,
-    reordered: u64,
+    duplicated: Vec<u64>,
+    reordered: Vec<u64>,
     highest: u64,
     longest_gap: Duration,
 }
@@ -80,15 +91,19 @@ impl Arrivals {
             self.seen.resize(word + 1, 0);
         }
         if self.seen[word] & bit != 0 {
-            self.duplicated += 1;
+            self.duplicated.push(sequence);
             return;
         }
         self.seen[word] |= bit;
         self.received += 1;
         if sequence < self.highest {
-            self.reordered += 1;
+            self.reordered.push(sequence);
         }
         self.highest = self.highest.max(sequence);
+    }
+
+    fn has(&self, sequence: u64) -> bool {
+        self.seen.get((sequence / 64) as usize).is_some_and(|word| word & (1 << (sequence % 64)) != 0)
     }
 }
 
@@ -98,6 +113,14 @@ impl Flow {
     /// # Errors
     /// When the sockets cannot be opened.
     pub fn start(from: &Netns, to: &Netns, address: SocketAddr) -> Result<Flow> {
+        Flow::start_paced(from, to, address, Duration::ZERO)
+    }
+
+    /// The same, with so long between two packets: for wires and machines that would lose some at full speed.
+    ///
+    /// # Errors
+    /// When the sockets cannot be opened.
+    pub fn start_paced(from: &Netns, to: &Netns, address: SocketAddr, pause: Duration) -> Result<Flow> {
         let inbound = to.enter(|| UdpSocket::bind(address).context("binding the receiver"))?;
         // The default holds fewer small packets than a window.
         setsockopt(&inbound, RcvBufForce, &(16 << 20)).context("enlarging the receiver's buffer")?;
@@ -109,7 +132,7 @@ impl Flow {
         let sender = {
             let shared = Arc::clone(&shared);
             std::thread::spawn(move || {
-                let outcome = send(&outbound, &shared);
+                let outcome = send(&outbound, &shared, pause);
                 shared.ended.store(true, Ordering::SeqCst);
                 outcome
             })
@@ -147,22 +170,33 @@ impl Flow {
     /// # Errors
     /// When a socket failed.
     pub fn finish(self) -> Result<FlowReport> {
+        self.finish_traced().map(|(report, _)| report)
+    }
+
+    /// The same, and which packets it was.
+    ///
+    /// # Errors
+    /// When a socket failed.
+    pub fn finish_traced(self) -> Result<(FlowReport, FlowTrace)> {
         let lasted = self.started.elapsed();
         self.shared.stop.store(true, Ordering::SeqCst);
         self.sender.join().map_err(|_| anyhow!("the sender panicked"))??;
         let arrivals = self.receiver.join().map_err(|_| anyhow!("the receiver panicked"))??;
-        Ok(FlowReport {
-            sent: self.shared.sent.load(Ordering::SeqCst),
+        let sent = self.shared.sent.load(Ordering::SeqCst);
+        let report = FlowReport {
+            sent,
             received: arrivals.received,
-            duplicated: arrivals.duplicated,
-            reordered: arrivals.reordered,
+            duplicated: arrivals.duplicated.len() as u64,
+            reordered: arrivals.reordered.len() as u64,
             longest_gap: arrivals.longest_gap,
             lasted,
-        })
+        };
+        let lost = (0..sent).filter(|sequence| !arrivals.has(*sequence)).collect();
+        Ok((report, FlowTrace { lost, duplicated: arrivals.duplicated, reordered: arrivals.reordered }))
     }
 }
 
-fn send(socket: &UdpSocket, shared: &Shared) -> Result<()> {
+fn send(socket: &UdpSocket, shared: &Shared, pause: Duration) -> Result<()> {
     let mut sequence = 0u64;
     let mut written_off = 0;
     let mut last = (0, Instant::now());
@@ -184,6 +218,9 @@ fn send(socket: &UdpSocket, shared: &Shared) -> Result<()> {
             Ok(_) => {
                 sequence += 1;
                 shared.sent.store(sequence, Ordering::Relaxed);
+                if pause > Duration::ZERO {
+                    std::thread::sleep(pause);
+                }
             }
             // Nothing was sent; as when the neighbour is not resolved yet. Try the same number again.
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => std::thread::yield_now(),
@@ -239,6 +276,10 @@ mod tests {
         for sequence in [0, 1, 3, 2, 2, 200] {
             arrivals.count(sequence);
         }
-        assert_eq!((arrivals.received, arrivals.duplicated, arrivals.reordered), (5, 1, 1));
+        assert_eq!(
+            (arrivals.received, arrivals.duplicated.as_slice(), arrivals.reordered.as_slice()),
+            (5, &[2][..], &[2][..])
+        );
+        assert!(arrivals.has(200) && !arrivals.has(4) && !arrivals.has(1000));
     }
 }

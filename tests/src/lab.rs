@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 use crate::api::{Sluice, list, text};
 use crate::daemon::{Daemon, Places, log_tail};
+use crate::lab_guest;
 use crate::netns::{self, Netns, check};
 use crate::tools;
 use crate::wire::{Mac, mac_text};
@@ -59,6 +60,28 @@ impl Lab {
     /// # Errors
     /// Without root.
     pub fn new() -> Result<Lab> {
+        Lab::with_host(|prefix| {
+            let host = Netns::create(&format!("{prefix}-host"))?;
+            // The host's ends of ports are wires, not hosts: without IPv6 they say nothing of their own.
+            host.sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
+            Ok(host)
+        })
+    }
+
+    /// A host that is the kernel's first namespace, where the interfaces of VFs appear. Only in the SR-IOV lab.
+    ///
+    /// # Errors
+    /// Anywhere else.
+    pub fn in_guest() -> Result<Lab> {
+        lab_guest::require()?;
+        Lab::with_host(|_| {
+            let host = Netns::initial();
+            host.sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
+            Ok(host)
+        })
+    }
+
+    fn with_host(make: impl FnOnce(&str) -> Result<Netns>) -> Result<Lab> {
         static LABS: AtomicU32 = AtomicU32::new(0);
         if !nix::unistd::geteuid().is_root() {
             bail!("the lab makes network namespaces: run `cargo xtask test` as root");
@@ -75,9 +98,7 @@ impl Lab {
             settings: folder.path().join("sluiced.yaml"),
             log: folder.path().join("sluiced.log"),
         };
-        let host = Netns::create(&format!("{prefix}-host"))?;
-        // The host's ends of ports are wires, not hosts: without IPv6 they say nothing of their own.
-        host.sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
+        let host = make(&prefix)?;
         let sluice = Sluice::new(&places.socket);
         Ok(Lab { prefix, places, sluice, daemon: RefCell::new(None), host, _folder: folder })
     }
@@ -242,7 +263,9 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        netns::remove(self.host.name());
+        // A daemon that lives would pin again what is removed.
+        drop(self.daemon.take());
+        self.host.remove();
         // The pins may never have been made.
         let _ = std::fs::remove_dir_all(&self.places.pins);
     }

@@ -17,8 +17,11 @@ pub mod lab;
 pub mod lab_guest;
 pub mod netns;
 pub mod packet;
+pub mod screen;
 mod sys;
+pub mod tcp;
 pub mod tools;
+pub mod vf_lab;
 pub mod wait;
 pub mod wire;
 
@@ -28,4 +31,5 @@ pub use flow::Flow;
 pub use lab::{Lab, PATIENCE, Vm, scenario};
 pub use netns::Netns;
 pub use packet::{PacketSocket, Tap};
+pub use tcp::Connection;
 pub use wait::wait_until;

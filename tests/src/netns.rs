@@ -1,16 +1,18 @@
 //! Named network namespaces, and running things inside them.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::{CloneFlags, setns};
 
-/// A network namespace that is deleted on drop, together with the processes in it.
+/// A network namespace. One that a test made is deleted on drop, together with the processes in it.
 #[derive(Debug)]
 pub struct Netns {
     name: String,
+    path: PathBuf,
+    is_ours: bool,
 }
 
 impl Netns {
@@ -21,11 +23,18 @@ impl Netns {
     /// When `ip netns add` fails.
     pub fn create(name: &str) -> Result<Netns> {
         check(Command::new("ip").args(["netns", "add", name]))?;
-        let netns = Netns { name: name.to_owned() };
+        let path = PathBuf::from("/run/netns").join(name);
+        let netns = Netns { name: name.to_owned(), path, is_ours: true };
         netns.sysctl("net/ipv6/conf/all/accept_dad", "0")?;
         netns.sysctl("net/ipv6/conf/default/accept_dad", "0")?;
         netns.run(&["ip", "link", "set", "lo", "up"])?;
         Ok(netns)
+    }
+
+    /// The kernel's first namespace, where the interfaces of drivers appear. Only for machines that are thrown away:
+    /// what a test leaves in there stays.
+    pub(crate) fn initial() -> Netns {
+        Netns { name: "initial".to_owned(), path: "/proc/1/ns/net".into(), is_ours: false }
     }
 
     /// Its name, as in `ip netns`.
@@ -33,15 +42,23 @@ impl Netns {
         &self.name
     }
 
-    fn path(&self) -> PathBuf {
-        PathBuf::from("/run/netns").join(&self.name)
+    /// The file that stands for it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Deletes it, if a test made it, after killing what runs in it.
+    pub(crate) fn remove(&self) {
+        if self.is_ours {
+            remove(&self.name);
+        }
     }
 
     /// A command that runs inside. Unlike `ip netns exec` this leaves the mounts alone, so that a bpffs stays where
     /// it is.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
-        command.arg(format!("--net={}", self.path().display())).arg("--").arg(program);
+        command.arg(format!("--net={}", self.path.display())).arg("--").arg(program);
         command
     }
 
@@ -73,7 +90,7 @@ impl Netns {
     /// # Errors
     /// When the namespace cannot be entered, or `work` fails or panics.
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        let path = self.path();
+        let path = self.path.clone();
         std::thread::scope(|scope| {
             let thread = scope.spawn(move || {
                 let namespace = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
@@ -128,7 +145,7 @@ impl Netns {
 
 impl Drop for Netns {
     fn drop(&mut self) {
-        remove(&self.name);
+        self.remove();
     }
 }
 

@@ -5,13 +5,13 @@
 // It is all about what is on screen.
 #![allow(clippy::print_stdout)]
 
-use std::io::{IsTerminal, Write};
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use sluice_tests::lab::INTERFACE;
+use sluice_tests::screen::{bold, claim, paint};
 use sluice_tests::tools::{Running, iperf3_server, ping, pings_answered};
 use sluice_tests::wire::{carries, mac, note};
 use sluice_tests::{Flow, Lab, PATIENCE, PacketSocket, Vm};
@@ -171,33 +171,4 @@ fn survives(lab: &Lab, [vm1, vm2, outside]: [&Vm; 3]) -> Result<()> {
         );
         Ok((said, ()))
     })
-}
-
-/// Shows a claim, tries it, and shows what came of it.
-fn claim<T>(title: &str, attempt: impl FnOnce() -> Result<(String, T)>) -> Result<T> {
-    // While it is being tried, on a terminal; the line is then written over.
-    if std::io::stdout().is_terminal() {
-        print!("  {} {title}\r", paint("33", "…"));
-        // The terminal may be gone; the claim is tried all the same.
-        let _ = std::io::stdout().flush();
-    }
-    match attempt() {
-        Ok((said, value)) => {
-            println!("  {} {title}", paint("1;32", "✓"));
-            println!("      {}", paint("2", &said));
-            Ok(value)
-        }
-        Err(error) => {
-            println!("  {} {title}", paint("1;31", "✗"));
-            Err(error)
-        }
-    }
-}
-
-fn bold(text: &str) -> String {
-    paint("1", text)
-}
-
-fn paint(code: &str, text: &str) -> String {
-    if std::io::stdout().is_terminal() { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
 }
