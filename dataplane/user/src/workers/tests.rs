@@ -129,6 +129,26 @@ fn idle_workers_sleep_and_wake_for_a_frame() {
 }
 
 #[test]
+fn a_sleeping_worker_holds_on_to_no_detached_port() {
+    let Setting { engine, region, workers, ports, mut ends } = Setting::new();
+    until("sleep", || workers.status().iter().all(|worker| worker.sleeps > 0));
+    let sleeps = || workers.status().iter().map(|worker| worker.sleeps).sum::<u64>();
+    let before = sleeps();
+    // Awake once, so that it has looked at the tables.
+    let (mut pool, mut batch) = (Pool::new(&region), Batch::new());
+    batch.push(pool.copy(&plain(mac(2), mac(1))).expect("memory"));
+    ends[0].transmit.transmit(&mut pool, &mut batch);
+    ends[0].transmit.flush();
+    until("delivery", || {
+        ends[1].receive.receive(&mut pool, &mut batch);
+        !batch.is_empty()
+    });
+    until("sleep again", || sleeps() > before);
+    engine.detach(ports[1]);
+    until("letting go", || ends[1].receive.is_abandoned());
+}
+
+#[test]
 fn mistakes_are_told() {
     let Setting { engine, region, workers, ports, .. } = Setting::new();
     let queue = QueueId { port: ports[0], queue: 0 };
