@@ -13,6 +13,7 @@ use sluice_pipeline::{DropReason, Stage, Vlan};
 use sluice_policy::config::Config;
 use sluice_policy::conformance;
 use sluice_policy::ids::Ids;
+use sluice_policy::image::Backings;
 use sluice_policy::net::VlanId;
 use sluice_policy::oracle::{self, Domain, Outcome, Sighting, Station};
 use sluice_proto::v1;
@@ -30,6 +31,8 @@ pub struct Surroundings<'a> {
     pub fdb: Vec<FdbRow>,
     /// Ports whose interface is absent.
     pub unattached: BTreeSet<String>,
+    /// vNICs that have VFs, and uplinks whose NICs are told what to receive.
+    pub backings: Backings,
 }
 
 /// How one stage ended for one port.
@@ -145,6 +148,7 @@ fn state(around: &Surroundings<'_>, live: &LiveTrace, name: &dyn Fn(u32) -> Stri
         fdb: fdb.collect(),
         empty_buckets: empty.collect(),
         unattached: around.unattached.clone(),
+        backings: around.backings.clone(),
     }
 }
 

@@ -177,6 +177,7 @@ impl Core {
             ids: &self.state.ids,
             fdb: self.engine.fdb()?,
             unattached: unattached.map(|port| port.name.clone()).collect(),
+            backings: self.backings.clone(),
         };
         Ok(trace::compare(&around, &request.port, &request.frame, &live))
     }

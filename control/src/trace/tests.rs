@@ -19,7 +19,8 @@ fn world(rng: &mut Rng) -> World {
     let scenario = generate::scenario(rng);
     let mut ids = Ids::default();
     lower::assign_ids(&scenario.config, &mut ids).expect("generated configurations fit");
-    let image = lower::lower(&scenario.config, &ids, &scenario.bindings()).expect("valid");
+    let image = lower::lower_with(&scenario.config, &ids, &scenario.bindings(), &scenario.state.backings)
+        .expect("valid");
     World { scenario, ids, image }
 }
 
@@ -48,6 +49,7 @@ fn trace(world: &World, image: &Image, ingress: &str, frame: &[u8]) -> v1::Trace
         ids: &world.ids,
         fdb: rows(world),
         unattached: world.scenario.state.unattached.clone(),
+        backings: world.scenario.state.backings.clone(),
     };
     compare(&around, ingress, frame, &live)
 }

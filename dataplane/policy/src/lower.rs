@@ -11,7 +11,9 @@ mod acl;
 mod flood;
 mod port;
 
-use sluice_pipeline::tables::{MacKey, PORTS_MAX, RULES_MAX, SWITCHES_MAX, SwitchConfig, mac_word};
+use sluice_pipeline::tables::{
+    MacKey, PORTS_MAX, RULES_MAX, SWITCHES_MAX, SwitchConfig, mac_word, port_flag,
+};
 
 use crate::config::{Attachment, Config, Hook, Internal, Switch, Vnic};
 use crate::ids::{IdSpace, Ids};
@@ -260,6 +262,7 @@ pub fn lower_with(
         port::bind(&mut software, id, bindings, &mut image);
         image.ip_guard.extend(port::ip_guard_keys(vnic, id));
         if let Some(backing) = backings.vnics.get(&vnic.name) {
+            software.config.flags |= port_flag::HAS_VF;
             let vf = match &backing.representor {
                 Some(netdev) => {
                     let vf = number(&ids.ports, "port", &vf_port(&vnic.name))?;
@@ -299,6 +302,9 @@ fn lower_switch(
         uplink_id = number(&ids.ports, "port", &uplink_port(&switch.name))?;
         let mut port = port::uplink(&switch.name, uplink, id);
         port.is_filtered = backings.filtered_uplinks.contains(&switch.name);
+        if port.is_filtered {
+            port.config.flags |= port_flag::LOOPS;
+        }
         port::bind(&mut port, uplink_id, bindings, image);
         image.ports.insert(uplink_id, port);
     }

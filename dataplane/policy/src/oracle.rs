@@ -16,6 +16,7 @@ use std::fmt;
 use sluice_pipeline::{DropReason, Stage};
 
 use crate::config::{Config, Direction};
+use crate::image::Backings;
 use crate::net::{MacAddr, VlanId};
 
 pub use acl::{Decision, RuleRef};
@@ -73,6 +74,8 @@ pub struct State {
     pub empty_buckets: BTreeSet<(String, Direction)>,
     /// Ports whose interface is absent.
     pub unattached: BTreeSet<String>,
+    /// vNICs that have VFs, and uplinks whose NICs are told what to receive.
+    pub backings: Backings,
 }
 
 /// One stage and what was found there.
@@ -108,7 +111,8 @@ pub struct Outcome {
 ///
 /// Ports are named as in [`PortSpec::name`](crate::lower::PortSpec::name). The configuration must be valid.
 pub fn evaluate(config: &Config, state: &State, ingress: &str, frame: &[u8]) -> Outcome {
-    let mut walk = Walk { config, state, ports: ports::all(config), outcome: Outcome::default() };
+    let ports = ports::all(config, &state.backings);
+    let mut walk = Walk { config, state, ports, outcome: Outcome::default() };
     walk.outcome.dropped = walk.run(ingress, frame).err();
     walk.outcome
 }
@@ -173,7 +177,9 @@ impl<'a> Walk<'a> {
             Err((DropReason::PortDown, "administratively down".into()))
         };
         self.judge(Stage::PortState, ingress, finding)?;
-        self.judge(Stage::MacGuard, ingress, guard::mac(&source, &packet))?;
+        let finding =
+            guard::mac(&source, &packet).and_then(|text| self.not_looped(&source, packet.src, text));
+        self.judge(Stage::MacGuard, ingress, finding)?;
         self.judge(Stage::IpGuard, ingress, guard::ip(&source, &packet))?;
 
         let classified = vlan::classify(&source, &packet.tags);
@@ -191,6 +197,22 @@ impl<'a> Walk<'a> {
         self.acl_from_vm(&source, &in_flight)?;
         self.rate(Stage::RateFromVm, &source, Direction::FromVm)?;
         self.forward(&source, &in_flight)
+    }
+
+    /// What an eSwitch has given back of what came from here goes nowhere. A vNIC that has a VF may be heard both ways.
+    fn not_looped(
+        &self,
+        source: &Port<'a>,
+        mac: MacAddr,
+        text: String,
+    ) -> Result<String, (DropReason, String)> {
+        let owner = self.ports.iter().find(|port| port.is_on_switch_of(source) && port.owns.contains(&mac));
+        match owner {
+            Some(owner) if source.loops && owner.name != source.name && !owner.has_vf => {
+                Err((DropReason::LoopedBack, format!("{mac} is behind {}: the NIC gave it back", owner.name)))
+            }
+            _ => Ok(text),
+        }
     }
 
     fn acl_from_vm(&mut self, source: &Port<'a>, frame: &InFlight<'_>) -> Result<(), DropReason> {
@@ -252,7 +274,7 @@ impl<'a> Walk<'a> {
     /// Learns the source address behind a port that learns, unless it belongs to one of the switch's own ports.
     fn learn(&mut self, source: &Port<'a>, frame: &InFlight<'_>) {
         let mac = frame.packet.src;
-        let is_own = self.ports.iter().any(|port| port.is_on_switch_of(source) && port.macs.contains(&mac));
+        let is_own = self.ports.iter().any(|port| port.is_on_switch_of(source) && port.owns.contains(&mac));
         if source.learn_limit == 0 || is_own {
             return;
         }
@@ -269,7 +291,7 @@ impl<'a> Walk<'a> {
 
     /// The port that has the address, or behind which it was seen lately.
     fn locate(&self, source: &Port<'a>, mac: MacAddr, domain: Domain) -> Option<String> {
-        let own = self.ports.iter().find(|port| port.is_on_switch_of(source) && port.macs.contains(&mac));
+        let own = self.ports.iter().find(|port| port.is_on_switch_of(source) && port.owns.contains(&mac));
         if let Some(port) = own {
             return Some(port.name.clone());
         }
@@ -287,7 +309,8 @@ impl<'a> Walk<'a> {
         let mut ports: Vec<Port<'a>> = self
             .ports
             .iter()
-            .filter(|port| port.is_on_switch_of(source) && port.name != source.name && wanted(port))
+            .filter(|port| port.is_on_switch_of(source) && port.name != source.name)
+            .filter(|port| !port.is_standby && wanted(port))
             .cloned()
             .collect();
         ports.sort_by(|a, b| a.name.cmp(&b.name));

@@ -6,7 +6,7 @@ use sluice_pipeline::Verdict;
 use sluice_policy::conformance::{NO_PORT, compare, port_id};
 use sluice_policy::generate::{Rng, Scenario, frame, scenario};
 use sluice_policy::ids::Ids;
-use sluice_policy::lower::{assign_ids, lower};
+use sluice_policy::lower::{assign_ids, lower_with};
 use sluice_policy::oracle::{Outcome, evaluate};
 use sluice_policy::sim::{Run, Simulator, TagPlace};
 
@@ -33,8 +33,8 @@ fn the_pipeline_does_what_the_oracle_says() {
         let scenario = scenario(&mut rng);
         let mut ids = Ids::default();
         assign_ids(&scenario.config, &mut ids).expect("a generated configuration fits");
-        let image =
-            lower(&scenario.config, &ids, &scenario.bindings()).expect("a generated configuration is valid");
+        let image = lower_with(&scenario.config, &ids, &scenario.bindings(), &scenario.state.backings)
+            .expect("a generated configuration is valid");
         let mut simulator = Simulator::new(image);
         for index in 0..FRAMES_PER_SCENARIO {
             let (ingress, bytes) = frame(&mut rng, &scenario);

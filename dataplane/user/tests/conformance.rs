@@ -10,7 +10,7 @@ use sluice_policy::conformance::{compare, port_id};
 use sluice_policy::generate::{Rng, frame, scenario};
 use sluice_policy::ids::Ids;
 use sluice_policy::image::{Binding, Bindings};
-use sluice_policy::lower::{assign_ids, lower, ports};
+use sluice_policy::lower::{assign_ids, lower_with, ports};
 use sluice_policy::oracle;
 use sluice_user::memory::Probe;
 use sluice_user::port::Accepts;
@@ -35,7 +35,8 @@ fn the_engine_agrees_with_the_oracle() {
                 bindings.insert(spec.name, Binding { ifindex, peer_redirect: false, xdp_target: false });
             }
         }
-        let image = lower(&scenario.config, &ids, &bindings).expect("an image");
+        let image =
+            lower_with(&scenario.config, &ids, &bindings, &scenario.state.backings).expect("an image");
         probe.configure(&image, &attached, Accepts::default()).expect("ports");
         for number in 0..FRAMES {
             let (ingress, bytes) = frame(&mut rng, &scenario);

@@ -207,6 +207,9 @@ pub fn decide<P: Packet, T: Tables>(
     if let Err(reason) = guard::mac(port, &context.headers) {
         return early_drop(reason);
     }
+    if port.flags & port_flag::LOOPS != 0 && is_looped(tables, context, ingress) {
+        return early_drop(DropReason::LoopedBack);
+    }
     tables.stage(Stage::IpGuard);
     if port.flags & port_flag::IP_GUARD != 0
         && !guard::has_first_ipv4(port, &context.headers)
@@ -270,6 +273,19 @@ pub fn decide<P: Packet, T: Tables>(
     match deliver(tables, context, route.id, destination, route.slot) {
         Ok(delivery) => Verdict::Unicast(delivery),
         Err(reason) => drop(route.id, reason),
+    }
+}
+
+/// Whether the source address is one of the switch's own, at another port that can only be heard there.
+#[inline(always)]
+fn is_looped<T: Tables>(tables: &T, context: &Context, ingress: u32) -> bool {
+    let source = owner(tables, context.switch, context.headers.key.src_mac_word());
+    if source == 0 || source == ingress {
+        return false;
+    }
+    match tables.port(source) {
+        Some((port, _)) => port.switch == context.switch && port.flags & port_flag::HAS_VF == 0,
+        None => false,
     }
 }
 

@@ -139,6 +139,9 @@ drop_reasons! {
     TableInconsistent = 36, "table-inconsistent";
     /// SCTP header cut off.
     MalformedSctp = 37, "malformed-sctp";
+    /// The NIC gave back what a port of this switch has sent: the source address is one of the switch's own, and not behind
+    /// the uplink.
+    LoopedBack = 38, "looped-back";
 }
 
 /// One more than the highest number that a [`DropReason`] may ever have; the width of a port's row of counters.

@@ -119,6 +119,10 @@ pub mod port_flag {
     pub const XDP_TARGET: u32 = 1 << 9;
     /// Has a trunk bitmap with a native VLAN in [`PortConfig::native`](super::PortConfig::native).
     pub const NATIVE: u32 = 1 << 10;
+    /// The NIC behind it has an eSwitch that may give back what it is sent: sources of the switch's own are looked for.
+    pub const LOOPS: u32 = 1 << 11;
+    /// The vNIC has a VF, so that it may be heard from behind the uplink while its addresses are still here.
+    pub const HAS_VF: u32 = 1 << 12;
 }
 
 /// Direction of a rule or rate, seen from the VM. Index into the two-element arrays below.

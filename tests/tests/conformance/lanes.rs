@@ -159,7 +159,7 @@ impl Lanes {
                 Binding { ifindex: self.taps[tap].ifindex(), peer_redirect: false, xdp_target: tap % 3 != 2 };
             bindings.insert(spec.name.clone(), binding);
         }
-        self.image = lower::lower(&config, &self.ids, &bindings)?;
+        self.image = lower::lower_with(&config, &self.ids, &bindings, &setting.scenario.state.backings)?;
         let engine = self.engine.as_mut().context("the engine is closed")?;
         let report = engine.sync(&self.image)?;
         for (name, status) in &report.ports {

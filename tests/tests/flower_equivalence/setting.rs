@@ -334,6 +334,7 @@ fn graze(rng: &mut Rng, frame: &mut [u8]) {
 /// Representors are always there. Buckets never run empty, trunks are short, and mostly the uplink carries all VLANs.
 fn ease(rng: &mut Rng, scenario: &mut Scenario) {
     scenario.state.unattached.clear();
+    scenario.state.backings = Default::default();
     scenario.state.empty_buckets.clear();
     for vnic in &mut scenario.config.vnics {
         if let Some(rate) = &mut vnic.policy.rate_from_vm {

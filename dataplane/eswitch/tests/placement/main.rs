@@ -222,6 +222,7 @@ fn ease_for_legacy(rng: &mut Rng, scenario: &mut Scenario) {
 /// A vNIC on a VF does not need its software interface; and mostly there is a NIC, and it carries all VLANs.
 fn ease_surroundings(rng: &mut Rng, scenario: &mut Scenario) {
     scenario.state.unattached.clear();
+    scenario.state.backings = Default::default();
     let switch = &mut scenario.config.switches[0];
     if switch.uplink.is_none() && rng.chance(80) {
         switch.uplink = Some(Uplink {

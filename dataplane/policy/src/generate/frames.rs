@@ -107,6 +107,8 @@ fn source_mac(rng: &mut Rng, source: &Source<'_>) -> MacAddr {
         2..=4 => vnic_mac(1 + rng.below(8)),
         5 => MacAddr([0; 6]),
         6..=8 => station_mac(rng.below(STATIONS)),
+        // An eSwitch gives back what VMs have sent, and VFs are heard from behind the uplink.
+        9..=16 if source.vnic.is_none() => vnic_mac(1 + rng.below(8)),
         9..=25 if may_spoof => station_mac(rng.below(STATIONS)),
         _ => own,
     }

@@ -8,6 +8,7 @@ use crate::config::{
     Acl, AclAction, AclGroup, AclMatch, AclRule, Attachment, Config, Direction, Hook, Internal, Masked,
     Policy, Rate, Switch, Uplink, VlanMode, Vnic,
 };
+use crate::image::Backing;
 use crate::lower;
 use crate::net::{IpPrefix, MacAddr, PortRange, VlanId, VlanRange};
 use crate::oracle::{Domain, Sighting, State, Station};
@@ -290,6 +291,17 @@ fn state(rng: &mut Rng, config: &Config) -> State {
         for direction in [Direction::FromVm, Direction::ToVm] {
             if rng.chance(30) {
                 state.empty_buckets.insert((spec.name.clone(), direction));
+            }
+        }
+    }
+    for switch in config.switches.iter().filter(|switch| switch.uplink.is_some()) {
+        if rng.chance(50) {
+            state.backings.filtered_uplinks.insert(switch.name.clone());
+        }
+        for vnic in config.vnics.iter().filter(|vnic| vnic.switch == switch.name) {
+            if rng.chance(15) {
+                let backing = Backing { representor: None, in_use: rng.chance(60) };
+                state.backings.vnics.insert(vnic.name.clone(), backing);
             }
         }
     }
