@@ -21,6 +21,8 @@ use super::wire::{Answer, Connection, Woken, wait_for};
 
 /// How long to wait between attempts to connect, first and at most.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// How long to wait between front-ends that connect to us.
+const BREATHER: Duration = Duration::from_millis(2);
 /// A connection that lasted less counts as a failed attempt.
 const SHORT: Duration = Duration::from_secs(1);
 
@@ -95,14 +97,14 @@ pub(super) fn serve(shared: &Shared, endpoint: &Endpoint) {
         if matches!(error, SessionError::Stopped) {
             break;
         }
-        if begun.elapsed() >= SHORT {
-            pause = BACK_OFF.0;
-        } else if !rest(shared, &mut pause) {
-            break;
-        }
         if shared.config.mode == Mode::Server {
             // It is for the other side to be patient; we only see to it that it cannot keep us busy.
+            pause = BREATHER;
+        } else if begun.elapsed() >= SHORT {
             pause = BACK_OFF.0;
+        }
+        if !rest(shared, &mut pause) {
+            break;
         }
     }
     if shared.config.mode == Mode::Server {

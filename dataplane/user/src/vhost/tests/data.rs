@@ -283,6 +283,21 @@ fn memory_in_several_regions_is_one() {
 }
 
 #[test]
+fn huge_pages_are_mapped_and_may_be_missing() {
+    // None may be reserved on this machine: then touching one is as if the file had shrunk.
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let file = memfd_create("huge", flags).unwrap();
+    ftruncate(&file, 4 << 20).unwrap();
+    let at = RegionAddress { guest: 0, size: 3 << 20, user: 0x1000, offset: 1 << 20 };
+    let memory = GuestMemory::default().with(at, &file).unwrap();
+    let mut bytes = [1; 64];
+    memory.read((3 << 20) - 64, &mut bytes).unwrap();
+    assert_eq!(bytes, [0; 64]);
+    memory.write(0, &bytes).unwrap();
+    assert!(memory.read((3 << 20) - 63, &mut bytes).is_err());
+}
+
+#[test]
 fn everything_written_is_logged() {
     let file = memfd_create("log", MemfdFlags::CLOEXEC).unwrap();
     let first_page = GUEST_BASE >> 12;

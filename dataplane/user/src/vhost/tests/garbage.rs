@@ -8,7 +8,7 @@ use crate::vhost::features::bit;
 use crate::vhost::queue::QueueState;
 
 /// Rings full of garbage, each served once, where `SLUICE_CASES` says nothing else.
-const ROUNDS: u64 = 200_000;
+const ROUNDS: u64 = 1_000_000;
 
 /// A generator that is good enough to be different each time (splitmix64).
 struct Random(u64);
