@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::frame::{Lent, Region, RegionLayout};
+use crate::frame::{Lent, Pool, Region, RegionLayout};
 pub use receive::XdpReceive;
 use ring::{Consumer, Producer};
 pub use steering::Steering;
@@ -205,7 +205,7 @@ pub fn open(
     }
     let offsets = sys::offsets(fd.as_fd()).map_err(step("finding the rings"))?;
     let map = step("mapping a ring");
-    let fill = Producer::new(fd.as_fd(), RingKind::Fill, options.entries, &offsets).map_err(map)?;
+    let mut fill = Producer::new(fd.as_fd(), RingKind::Fill, options.entries, &offsets).map_err(map)?;
     let map = step("mapping a ring");
     let completion =
         Consumer::new(fd.as_fd(), RingKind::Completion, options.entries, &offsets).map_err(map)?;
@@ -213,13 +213,16 @@ pub fn open(
     let received = Consumer::new(fd.as_fd(), RingKind::Receive, options.entries, &offsets).map_err(map)?;
     let map = step("mapping a ring");
     let sending = Producer::new(fd.as_fd(), RingKind::Transmit, options.entries, &offsets).map_err(map)?;
+    // Before the socket is bound: drivers look for chunks then, and some not again before they have received something.
+    let mut lent = Lent::new(region);
+    receive::refill(&mut fill, &mut lent, &mut Pool::new(region));
     let multi_buffer = bind(fd.as_fd(), ifindex, queue, options).map_err(step("binding"))?;
     let zero_copy = sys::is_zero_copy(fd.as_fd()).map_err(step("asking for the mode"))?;
     let mode = XdpMode { zero_copy, multi_buffer };
     let left = Left { ifindex, queue, zero_copy, lent: Mutex::default() };
     let socket = Arc::new(Socket { fd, mode, unsent: AtomicBool::new(false), left });
     Ok(XdpQueue {
-        receive: XdpReceive::new(Arc::clone(&socket), fill, received, region),
+        receive: XdpReceive::new(Arc::clone(&socket), fill, received, lent),
         transmit: XdpTransmit::new(socket, sending, completion, region, options.longest),
     })
 }

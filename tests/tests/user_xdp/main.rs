@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,8 @@ use sluice_policy::ids::Ids;
 use sluice_policy::image::{Binding, Bindings};
 use sluice_policy::lower::{assign_ids, lower, ports};
 use sluice_policy::net::{MacAddr, VlanId, VlanRange};
-use sluice_tests::{Netns, PacketSocket};
+use sluice_tests::netns;
+use sluice_tests::{Netns, PacketSocket, lab_guest, wait_until};
 use sluice_user::engine::Engine;
 use sluice_user::frame::{Region, RegionLayout};
 use sluice_user::workers::{Patience, QueueId, WorkerId, Workers};
@@ -31,12 +33,16 @@ fn wires(name: &str, mtu: u32) -> Result<Netns> {
     let netns = Netns::create(&format!("sl-{}-{name}", std::process::id()))?;
     netns.sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
     for number in 0..2 {
-        netns.ip_batch(&format!(
-            "link add near{number} mtu {mtu} type veth peer name far{number} mtu {mtu}\n\
-             link set near{number} up\nlink set far{number} up"
-        ))?;
+        wire(&netns, number, mtu)?;
     }
     Ok(netns)
+}
+
+fn wire(netns: &Netns, number: usize, mtu: u32) -> Result<()> {
+    netns.ip_batch(&format!(
+        "link add near{number} mtu {mtu} type veth peer name far{number} mtu {mtu}\n\
+             link set near{number} up\nlink set far{number} up"
+    ))
 }
 
 /// The engine, with its workers, on both near ends.
@@ -271,6 +277,48 @@ fn an_idle_worker_costs_next_to_nothing() -> Result<()> {
     let (awake, whole) = (begin.elapsed().saturating_sub(asleep() - before), begin.elapsed());
     ensure!(awake * 100 < whole, "awake {awake:?} of {whole:?}");
     Ok(())
+}
+
+/// igb moves frames without copying them, from Linux 6.14 on.
+#[test]
+#[ignore = "runs in the SR-IOV lab"]
+fn a_driver_moves_frames_without_copying_them() -> Result<()> {
+    lab_guest::require()?;
+    let netns = Netns::create(&format!("sl-{}-uxdp-zc", std::process::id()))?;
+    netns.sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
+    for (nic, name) in [("pf0", "near0"), ("pf1", "far0")] {
+        netns::check(Command::new("ip").args(["link", "set", nic, "netns", netns.name()]))?;
+        netns.ip_batch(&format!("link set {nic} name {name}\nlink set {name} up promisc on"))?;
+    }
+    netns.run(&["ethtool", "-L", "near0", "combined", "1"])?;
+    wire(&netns, 1, 1500)?;
+    let mut setting = start(&netns, [Policy::default(), Policy::default()], 1514)?;
+    ensure!(setting.modes[0].zero_copy && !setting.modes[1].zero_copy, "{:?}", setting.modes);
+    let far = far_ends(&netns)?;
+    for round in 0..3 {
+        wait_until("the wire", PATIENCE, || {
+            far[1].send(&frame(1, 0, 60))?;
+            Ok(far[0].receive(Duration::from_millis(100))?.is_some_and(|frame| is_ours(&frame)).then_some(()))
+        })?;
+        far[0].drain(|_| false)?;
+        for from in 0..2 {
+            cross(&far, from, 500, |number| 60 + number as usize % 1455)?;
+        }
+        if round < 2 {
+            setting.close(0)?;
+            setting.steerings.remove(if round == 0 { 0 } else { 1 });
+            setting.open(&netns, 0, 1514)?;
+        }
+    }
+    let Setting { region, workers, engine, .. } = setting;
+    drop((workers, engine));
+    ensure!(region.outstanding() == 0, "{} chunks are missing", region.outstanding());
+    Ok(())
+}
+
+#[test]
+fn drivers_serve_it_in_the_lab() -> Result<()> {
+    lab_guest::run_ignored()
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use super::ring::{CONTINUED, Consumer, Descriptor, Producer};
 use super::{Kick, Socket, SocketStatistics, XdpMode, sys};
-use crate::frame::{Frame, LARGE_CHUNK, Lent, Pool, Region, SMALL_CHUNK};
+use crate::frame::{Frame, LARGE_CHUNK, Lent, Pool, SMALL_CHUNK};
 use crate::port::{Batch, Receive};
 
 /// The longest packet that is put together from several chunks.
@@ -31,9 +31,9 @@ impl XdpReceive {
         socket: Arc<Socket>,
         fill: Producer<u64>,
         received: Consumer<Descriptor>,
-        region: &Arc<Region>,
+        lent: Lent,
     ) -> XdpReceive {
-        XdpReceive { fill, received, lent: Lent::new(region), partial: None, lost: 0, socket }
+        XdpReceive { fill, received, lent, partial: None, lost: 0, socket }
     }
 
     /// How the driver serves the queue.
@@ -59,26 +59,6 @@ impl XdpReceive {
         self.lost
     }
 
-    /// Hands idle chunks to the kernel, as many as its ring holds.
-    fn refill(&mut self, pool: &mut Pool) {
-        while self.fill.room(1) > 0 {
-            let Some(frame) = pool.take(0) else { break };
-            match self.lent.lend_frame(frame) {
-                // The kernel puts bytes behind a headroom of its own.
-                Ok(address) => {
-                    let is_pushed = self.fill.push(address - address % SMALL_CHUNK as u64);
-                    debug_assert!(is_pushed, "there was room");
-                }
-                Err(frame) => {
-                    // The pool is of another region: the engine is put together wrongly.
-                    pool.give(frame);
-                    break;
-                }
-            }
-        }
-        self.fill.publish();
-    }
-
     /// Takes one descriptor's bytes; a packet that is complete goes into the batch.
     fn take(&mut self, descriptor: Descriptor, pool: &mut Pool, batch: &mut Batch) {
         // The kernel gives back what it was lent; anything else is dropped here.
@@ -102,6 +82,26 @@ impl XdpReceive {
     }
 }
 
+/// Hands idle chunks to the kernel, as many as its ring holds.
+pub(super) fn refill(fill: &mut Producer<u64>, lent: &mut Lent, pool: &mut Pool) {
+    while fill.room(1) > 0 {
+        let Some(frame) = pool.take(0) else { break };
+        match lent.lend_frame(frame) {
+            // The kernel puts bytes behind a headroom of its own.
+            Ok(address) => {
+                let is_pushed = fill.push(address - address % SMALL_CHUNK as u64);
+                debug_assert!(is_pushed, "there was room");
+            }
+            Err(frame) => {
+                // The pool is of another region: the engine is put together wrongly.
+                pool.give(frame);
+                break;
+            }
+        }
+    }
+    fill.publish();
+}
+
 /// Appends a chunk's bytes to what has come of a packet; `None` if there is no room, or was none before.
 fn joined(whole: Option<Frame>, part: Frame, pool: &mut Pool) -> Option<Frame> {
     let joined = whole.and_then(|mut whole| {
@@ -123,7 +123,7 @@ impl Receive for XdpReceive {
             self.take(descriptor, pool, batch);
         }
         self.received.release();
-        self.refill(pool);
+        refill(&mut self.fill, &mut self.lent, pool);
         if self.fill.needs_wakeup() {
             sys::kick_receive(self.socket.fd());
         }
