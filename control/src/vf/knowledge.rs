@@ -12,7 +12,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use sluice_policy::config::Attestable;
-use sluice_policy::placement::{Capabilities, Evidence};
+use sluice_policy::placement::{Capabilities, Evidence, Mode};
 use sluice_proto::v1;
 
 /// Name of the file in the state directory.
@@ -124,6 +124,43 @@ pub fn to_proto(capabilities: &Capabilities) -> Vec<v1::NicCapability> {
         .collect()
 }
 
+/// A legacy eSwitch's abilities by name, for the record.
+fn by_name(capabilities: &mut Capabilities) -> [(&'static str, &mut Evidence); 11] {
+    [
+        ("macGuard", &mut capabilities.mac_guard),
+        ("accessVlan", &mut capabilities.access_vlan),
+        ("tunnelVlan", &mut capabilities.tunnel_vlan),
+        ("vlanQos", &mut capabilities.vlan_qos),
+        ("untagged", &mut capabilities.untagged_only),
+        ("rateFromVm", &mut capabilities.rate_max),
+        ("rateMin", &mut capabilities.rate_min),
+        ("trust", &mut capabilities.trust),
+        ("linkState", &mut capabilities.link_state),
+        ("queryRss", &mut capabilities.query_rss),
+        ("unknownUnicast", &mut capabilities.unknown_unicast_to_pf),
+    ]
+}
+
+/// What a legacy eSwitch said of itself, to be kept for the next daemon; empty in switchdev mode, where nothing is tried.
+pub fn to_record(capabilities: &Capabilities) -> BTreeMap<String, String> {
+    if capabilities.mode != Mode::Legacy {
+        return BTreeMap::new();
+    }
+    let mut capabilities = capabilities.clone();
+    let known = by_name(&mut capabilities);
+    known.into_iter().map(|(name, evidence)| (name.to_owned(), code(*evidence).to_owned())).collect()
+}
+
+/// The same, read again; `None` if something is missing in it.
+pub fn from_record(known: &BTreeMap<String, String>, vfs: u16) -> Option<Capabilities> {
+    let mut capabilities = Capabilities { mode: Mode::Legacy, max_vfs: vfs, ..Capabilities::default() };
+    for (name, evidence) in by_name(&mut capabilities) {
+        let text = known.get(name)?;
+        *evidence = ALL_EVIDENCE.into_iter().find(|one| code(*one) == text)?;
+    }
+    Some(capabilities)
+}
+
 /// Abilities that rest on the operator's word only.
 pub fn attested(capabilities: &Capabilities) -> Vec<Attestable> {
     let mut capabilities = capabilities.clone();
@@ -132,6 +169,15 @@ pub fn attested(capabilities: &Capabilities) -> Vec<Attestable> {
         .filter(|ability| *evidence(&mut capabilities, *ability) == Evidence::Attested)
         .collect()
 }
+
+const ALL_EVIDENCE: [Evidence; 6] = [
+    Evidence::Missing,
+    Evidence::Assumed,
+    Evidence::Refuted,
+    Evidence::ReadBack,
+    Evidence::Probed,
+    Evidence::Attested,
+];
 
 const fn code(evidence: Evidence) -> &'static str {
     match evidence {
@@ -172,6 +218,22 @@ mod tests {
         assert_eq!(known.access_vlan, Evidence::Probed, "what is proven stays proven");
         assert_eq!(known.rate_max, Evidence::Missing, "there is nothing to vouch for");
         assert_eq!(attested(&known), [Attestable::MacGuard]);
+    }
+
+    #[test]
+    fn what_a_nic_said_of_itself_is_read_as_it_was_written() {
+        let told = Capabilities {
+            max_vfs: 4,
+            mac_guard: Evidence::Refuted,
+            access_vlan: Evidence::ReadBack,
+            query_rss: Evidence::Assumed,
+            ..Capabilities::default()
+        };
+        let mut kept = to_record(&told);
+        assert_eq!(from_record(&kept, 4), Some(told.clone()));
+        kept.remove("trust");
+        assert_eq!(from_record(&kept, 4), None);
+        assert!(to_record(&Capabilities { mode: Mode::Switchdev, ..told }).is_empty());
     }
 
     #[test]

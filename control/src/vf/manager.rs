@@ -139,11 +139,15 @@ pub struct Manager {
     /// VFs that were seen clean in this life.
     clean: BTreeSet<VfIndex>,
     capabilities: Capabilities,
+    /// What the NIC says of itself, without findings and attestations.
+    told_by_nic: Capabilities,
     neighbours: Neighbours,
     /// Why no VF can be granted now.
     trouble: Option<String>,
     /// What the NIC was last told to receive.
     filter: Option<BTreeSet<MacAddr>>,
+    /// VLANs that it was last told to receive.
+    vlans: Option<BTreeSet<VlanId>>,
     set: Option<Backings>,
     record: Record,
     written: Record,
@@ -168,9 +172,11 @@ impl Manager {
             vfs: Vec::new(),
             clean: BTreeSet::new(),
             capabilities: Capabilities::default(),
+            told_by_nic: Capabilities::default(),
             neighbours: Neighbours::default(),
             trouble: Some("nobody has looked at the NIC yet".to_owned()),
             filter: None,
+            vlans: None,
             set: None,
             written: former.clone(),
             record: Record::default(),
@@ -346,7 +352,10 @@ impl Manager {
         // The reconciler may be ending too; the record says what is left.
         if self.parts.software.set(&self.parts.switch, Backings::default()).is_ok() {
             self.set = Some(Backings::default());
-            if let Err(error) = self.parts.nic.eswitch().sync_unicast_filter(&BTreeSet::new()) {
+            let eswitch = self.parts.nic.eswitch();
+            let left =
+                eswitch.sync_unicast_filter(&BTreeSet::new()).and(eswitch.sync_vlans(&BTreeSet::new()));
+            if let Err(error) = left {
                 self.note(Severity::Warning, error.to_string());
             }
         }

@@ -25,6 +25,16 @@ pub struct RecordFile {
 pub struct Record {
     /// Where the PF is plugged, as `pci/0000:01:00.0`: an interface of the same name may be another NIC.
     pub device: String,
+    /// Its driver, device and firmware.
+    #[serde(default)]
+    pub kind: String,
+    /// What it said of itself when it was tried out, by feature, and with how many VFs: it is not tried out again under
+    /// VFs that are in use.
+    #[serde(default)]
+    pub abilities: BTreeMap<String, String>,
+    /// How many VFs there were then.
+    #[serde(default)]
+    pub vfs: u16,
     /// Whether the PF is told address by address what to receive.
     pub is_filtered: bool,
     /// Addresses in the PF's filter that are ours.

@@ -2,7 +2,8 @@
 //!
 //! # Who owns what
 //! Sluice owns the settings, the link state and the tagged rules of every VF that it has programmed, and the PF's
-//! unicast filter as far as [`sync_unicast_filter`](Eswitch::sync_unicast_filter) put addresses there. It does not own
+//! unicast filter and VLANs as far as [`sync_unicast_filter`](Eswitch::sync_unicast_filter) and
+//! [`sync_vlans`](Eswitch::sync_vlans) put something there. It does not own
 //! other VFs, nor rules without its cookie: they are left alone and reported as [`Observed::foreign`]. The number of
 //! VFs and the mode of the eSwitch are the operator's.
 //!
@@ -32,7 +33,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use sluice_policy::net::MacAddr;
+use sluice_policy::net::{MacAddr, VlanId};
 use sluice_policy::placement::{Capabilities, Feature, FlowerProgram, PortVlan, Program, VfSettings};
 
 pub use sluice_policy::placement::VfIndex;
@@ -294,6 +295,15 @@ pub trait Eswitch {
     /// # Errors
     /// Of class passing, gone or broken; table-full if the filter is.
     fn sync_unicast_filter(&mut self, macs: &BTreeSet<MacAddr>) -> Result<(), EswitchError>;
+
+    /// Has the PF receive these VLANs, which are those of the software switch, though it is not promiscuous. Nothing to do
+    /// where PFs do not filter VLANs.
+    ///
+    /// # Errors
+    /// Of class passing, gone or broken; table-full if there are too many.
+    fn sync_vlans(&mut self, _vlans: &BTreeSet<VlanId>) -> Result<(), EswitchError> {
+        Ok(())
+    }
 
     /// How many writes to the NIC have been tried since it was opened. A second pass over an unchanged world adds none.
     fn writes(&self) -> u64;

@@ -27,12 +27,13 @@ mod gate;
 mod probe;
 mod steps;
 pub(crate) mod sysfs;
+mod vlans;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
-use sluice_policy::net::MacAddr;
+use sluice_policy::net::{MacAddr, VlanId};
 use sluice_policy::placement::{Capabilities, Program, VfSettings};
 
 use crate::contract::{Enforced, Eswitch, EswitchError, Observed, Vf, VfIndex, VfStats};
@@ -374,6 +375,41 @@ impl Eswitch for Legacy {
         }
         for mac in macs.difference(&found) {
             self.change_filter(ifindex, *mac, true)?;
+        }
+        Ok(())
+    }
+
+    fn sync_vlans(&mut self, vlans: &BTreeSet<VlanId>) -> Result<(), EswitchError> {
+        let pf = self.ifindex()?;
+        if vlans.len() > vlans::VLANS_MAX {
+            let detail = format!(
+                "{} VLANs in software, and {} can be told to receive {}; name fewer in trunks",
+                vlans.len(),
+                self.netdev.name,
+                vlans::VLANS_MAX
+            );
+            return Err(EswitchError::TableFull { detail });
+        }
+        let answers = self
+            .connection
+            .dump(codec::GET_LINK, &vlans::list())
+            .map_err(|refusal| errors::of_request("reading the PF's VLANs", &refusal))?;
+        let found = vlans::members(pf, answers.iter().map(|answer| (answer.kind, answer.payload.as_slice())));
+        for (vlan, member) in found.iter().filter(|(vlan, member)| member.is_ours && !vlans.contains(vlan)) {
+            self.writes += 1;
+            self.connection
+                .request(vlans::DELETE_LINK, &vlans::leave(member.ifindex), 0)
+                .map_err(|refusal| errors::of_request(&format!("leaving VLAN {vlan}"), &refusal))?;
+        }
+        for vlan in vlans.iter().filter(|vlan| !found.contains_key(vlan)) {
+            use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+            self.writes += 1;
+            self.connection
+                .request(codec::NEW_LINK, &vlans::join(pf, *vlan), NLM_F_CREATE | NLM_F_EXCL)
+                .map_err(|refusal| {
+                    let what = format!("joining VLAN {vlan} (is the module 8021q there?)");
+                    errors::of_request(&what, &refusal)
+                })?;
         }
         Ok(())
     }

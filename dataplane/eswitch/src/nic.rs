@@ -17,7 +17,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use sluice_policy::net::MacAddr;
-use sluice_policy::placement::Mode;
+use sluice_policy::placement::{Capabilities, Mode};
 
 use crate::contract::{Eswitch, EswitchError, VfIndex};
 use crate::switchdev::Representors;
@@ -91,6 +91,10 @@ pub trait Nic: Send {
 
     /// Says which addresses were put into the PF's unicast filter in a former life.
     fn adopt_unicast_filter(&mut self, macs: &BTreeSet<MacAddr>);
+
+    /// Says what the same NIC, with the same firmware, was found to be able to in a former life of the same boot. Where
+    /// finding out would turn knobs, they are left alone as long as nothing has changed. Nothing to gain in switchdev mode.
+    fn adopt_capabilities(&mut self, _capabilities: &Capabilities) {}
 
     /// How many writes to the NIC have been tried since the first [`open`](HostNic::open), through all back-ends.
     fn writes(&self) -> u64;

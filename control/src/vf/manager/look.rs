@@ -6,6 +6,7 @@ impl Manager {
     /// Reads the NIC: is it there, what can it do, which VFs are there, does it hold what was programmed.
     pub(super) fn look(&mut self, now: u64) {
         let before = self.trouble.take();
+        self.adopt_abilities();
         self.trouble = self.read_nic(now).err();
         if let Some(former) = self.former.take() {
             self.adopt(now, &former);
@@ -13,6 +14,9 @@ impl Manager {
         if self.trouble.is_none() {
             // Also looks whether somebody has taken addresses out.
             self.filter = None;
+            if self.looks.is_multiple_of(FOREIGN_LOOKS) {
+                self.vlans = None;
+            }
             self.trouble = self.keep_filter().err();
         }
         if let Some(trouble) = self.trouble.clone()
@@ -51,6 +55,7 @@ impl Manager {
             if refresh.loses_programs() {
                 self.clean.clear();
                 self.filter = None;
+                self.vlans = None;
                 self.disturb(now, &text);
             }
         }
@@ -65,6 +70,7 @@ impl Manager {
         }
         self.vfs = self.parts.nic.eswitch().vfs().map_err(|error| error.to_string())?;
         let mut capabilities = self.parts.nic.eswitch().capabilities().map_err(|error| error.to_string())?;
+        self.told_by_nic = capabilities.clone();
         let kind = self.parts.nic.identity().key();
         knowledge::complete(&mut capabilities, &self.parts.findings.of(&kind), &self.attested);
         self.capabilities = capabilities;
@@ -81,6 +87,17 @@ impl Manager {
             .collect();
         for name in names {
             self.send(now, &name, Event::Drifted(text.to_owned()));
+        }
+    }
+
+    /// Has the NIC not be tried out anew at the first look: that turns knobs, if only on VFs that nobody uses.
+    fn adopt_abilities(&mut self) {
+        let Some(former) = &self.former else { return };
+        let identity = self.parts.nic.identity();
+        let is_same = former.device == format!("{}/{}", identity.bus, identity.address)
+            && former.kind == identity.key();
+        if is_same && let Some(abilities) = knowledge::from_record(&former.abilities, former.vfs) {
+            self.parts.nic.adopt_capabilities(&abilities);
         }
     }
 

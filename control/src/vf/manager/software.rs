@@ -47,6 +47,12 @@ impl Manager {
             .flat_map(Vnic::macs)
             .collect();
         macs.extend(switch.internal.iter().map(|internal| lower::internal_mac(switch, internal)));
+        let vlans = vlans_of(&self.world.config, switch);
+        if self.vlans.as_ref() != Some(&vlans) {
+            let told = self.parts.nic.eswitch().sync_vlans(&vlans);
+            told.map_err(|error| format!("{} cannot be told its VLANs: {error}", self.parts.nic.netdev()))?;
+            self.vlans = Some(vlans);
+        }
         if self.filter.as_ref() == Some(&macs) {
             return Ok(());
         }
@@ -75,6 +81,9 @@ impl Manager {
             self.parts.nic.unicast_filter().iter().map(ToString::to_string).collect();
         self.record = Record {
             device: format!("{}/{}", identity.bus, identity.address),
+            kind: identity.key(),
+            abilities: knowledge::to_record(&self.told_by_nic),
+            vfs: self.told_by_nic.max_vfs,
             is_filtered: self.set.as_ref().is_some_and(|set| !set.filtered_uplinks.is_empty()),
             filter,
             held,
@@ -94,4 +103,26 @@ impl Manager {
             }
         }
     }
+}
+
+/// VLANs in which vNICs of a switch, or the host, may be in software. Service VLANs of tunnels are not filtered by number
+/// in any NIC that is known, since their tags are others.
+fn vlans_of(config: &Config, switch: &Switch) -> BTreeSet<VlanId> {
+    let of_vnics =
+        config.vnics.iter().filter(|vnic| vnic.switch == switch.name).map(|vnic| &vnic.policy.vlan);
+    let mut vlans = BTreeSet::new();
+    for mode in of_vnics.chain(switch.internal.iter().map(|internal| &internal.vlan)) {
+        match mode {
+            VlanMode::Untagged | VlanMode::Tunnel(_) => {}
+            VlanMode::Access(vid) => {
+                vlans.insert(*vid);
+            }
+            VlanMode::Trunk { allowed, native } => {
+                vlans.extend(native);
+                let numbers = allowed.iter().flat_map(|range| range.first().get()..=range.last().get());
+                vlans.extend(numbers.filter_map(|vid| VlanId::new(vid.into()).ok()));
+            }
+        }
+    }
+    vlans
 }

@@ -50,6 +50,13 @@ impl Legacy {
         Ok(capabilities)
     }
 
+    /// Takes over what was found in a former life, so that it is not tried again.
+    pub fn adopt_capabilities(&mut self, capabilities: &Capabilities) {
+        let vf_count = capabilities.max_vfs.into();
+        let then = Circumstances { vf_count, running: true, tried: true };
+        self.probed.get_or_insert_with(|| (then, capabilities.clone()));
+    }
+
     /// Whether experiments on a VF disturb nobody: it is not ours, and its link is forced down, or it has no driver, or an
     /// interface that is down.
     fn is_idle(&self, report: &VfReport) -> bool {

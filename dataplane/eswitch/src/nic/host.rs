@@ -7,7 +7,7 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use sluice_policy::net::MacAddr;
-use sluice_policy::placement::Mode;
+use sluice_policy::placement::{Capabilities, Mode};
 
 use super::{Change, Identity, Nic, Refresh, firmware};
 use crate::contract::{Eswitch, EswitchError, VfIndex};
@@ -250,6 +250,12 @@ impl Nic for HostNic {
         match &mut self.backend {
             Backend::Legacy(legacy) => legacy.adopt_unicast_filter(macs),
             Backend::Switchdev(_) => self.filter.extend(macs),
+        }
+    }
+
+    fn adopt_capabilities(&mut self, capabilities: &Capabilities) {
+        if let Backend::Legacy(legacy) = &mut self.backend {
+            legacy.adopt_capabilities(capabilities);
         }
     }
 
