@@ -19,7 +19,7 @@ use sluice_policy::image::Backings;
 
 use super::knowledge::Findings;
 use super::manager::{SoftwarePath, World};
-use super::plug::{self, Plug};
+use super::plug::{self, Plug, netns};
 use super::record::RecordFile;
 use super::uplink::{self, Outbox, Setting};
 
@@ -50,10 +50,13 @@ pub struct Equipment {
 
 impl Equipment {
     /// This machine's NICs and the plugs that there are.
+    ///
+    /// Opens network namespaces that need more privileges than are kept: called before those are given up.
     pub fn of_host(state_dir: PathBuf, runtime_dir: PathBuf) -> Equipment {
+        let host = Arc::new(netns::Host::open());
         Equipment {
             open: Arc::new(|netdev| Ok(Box::new(HostNic::open(netdev)?))),
-            plugs: Arc::new(plug::of),
+            plugs: Arc::new(move |_, attach| plug::of_host(attach, &host)),
             state_dir,
             runtime_dir,
             // Guests take their time to find a device and to bring it up.
