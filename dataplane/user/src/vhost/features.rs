@@ -146,3 +146,28 @@ impl Features {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_offered_follows_the_settings() {
+        assert_eq!(offered(true, false), BASE | OFFLOADS);
+        assert_eq!(offered(false, true), BASE | bit::STANDBY);
+        let packed = 1 << 34;
+        assert_eq!(offered(true, true) & packed, 0, "packed rings are not served");
+    }
+
+    #[test]
+    fn segments_need_checksums_and_udp_needs_both_families() {
+        let all = Features(offered(true, false));
+        assert_eq!((all.guest_accepts(), all.host_accepts()), (Accepts::ALL, Accepts::ALL));
+        let without = |bits: u64| Features(all.0 & !bits);
+        assert!(!without(bit::GUEST_CSUM).guest_accepts().tcp_v4);
+        assert!(!without(bit::CSUM).host_accepts().tcp_v6);
+        assert!(!without(bit::GUEST_USO6).guest_accepts().udp);
+        assert_eq!(Features::default().guest_accepts(), Accepts::default());
+        assert_eq!((all.header_len(), Features(bit::CSUM).header_len()), (12, 10));
+    }
+}
