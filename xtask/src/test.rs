@@ -28,8 +28,9 @@ pub(crate) const NETWORK_TOOLS: [Need; 7] = [
     Need::program("udhcpc", "udhcpc"),
 ];
 
-/// DPDK's testpmd, a guest that others wrote for the tests of vhost-user.
-const PEERS: [Need; 1] = [Need::program("dpdk-testpmd", "dpdk-dev")];
+/// Guests and front-ends that others wrote, for the tests of vhost-user.
+const PEERS: [Need; 2] =
+    [Need::program("dpdk-testpmd", "dpdk-dev"), Need::program("qemu-system-x86_64", "qemu-system-x86")];
 
 /// Run the tests; `quick` leaves out the end-to-end suites, `without_lab` those in the SR-IOV lab. `extra` goes to the
 /// test runner.

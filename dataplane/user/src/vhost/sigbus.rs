@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering, fence};
 
 /// How many mappings the process may have at once.
-const SLOTS: usize = 4096;
+const SLOTS: usize = 32768;
 
 /// One registered mapping. `version` is odd while the slot is being written, so that a handler on another thread never
 /// combines the start of one mapping with the length of the next.
