@@ -22,8 +22,8 @@ mod transmit;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -181,6 +181,25 @@ impl XdpQueue {
     /// How the driver serves it.
     pub fn mode(&self) -> XdpMode {
         self.receive.mode()
+    }
+
+    /// What can still be asked when its halves are placed.
+    pub fn monitor(&self) -> XdpMonitor {
+        self.receive.monitor()
+    }
+}
+
+/// Answers questions about a queue, wherever its halves are; it does not keep it open.
+#[derive(Clone, Debug)]
+pub struct XdpMonitor(Weak<Socket>);
+
+impl XdpMonitor {
+    /// The kernel's counters of the socket; `None` when the queue is closed.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn statistics(&self) -> io::Result<Option<SocketStatistics>> {
+        self.0.upgrade().map(|socket| sys::statistics(socket.fd())).transpose()
     }
 }
 

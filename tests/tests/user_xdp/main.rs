@@ -21,7 +21,7 @@ use sluice_tests::{Netns, PacketSocket, lab_guest, wait_until};
 use sluice_user::engine::Engine;
 use sluice_user::frame::{Region, RegionLayout};
 use sluice_user::workers::{Patience, QueueId, WorkerId, Workers};
-use sluice_user::xdp::{self, Steering, XdpError, XdpMode, XdpOptions};
+use sluice_user::xdp::{self, SocketStatistics, Steering, XdpError, XdpMode, XdpMonitor, XdpOptions};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const MACS: [[u8; 6]; 2] = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
@@ -52,6 +52,7 @@ struct Setting {
     workers: Workers,
     ports: [u32; 2],
     modes: Vec<XdpMode>,
+    monitors: Vec<XdpMonitor>,
     steerings: Vec<Steering>,
 }
 
@@ -87,7 +88,15 @@ fn start(netns: &Netns, policies: [Policy; 2], longest: usize) -> Result<Setting
     let cores = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0))?;
     let core = (0..64).find(|core| cores.is_set(*core).unwrap_or(false)).context("no core")?;
     let workers = Workers::start(&engine, &region, &[core], Patience::default())?;
-    let mut setting = Setting { engine, region, workers, ports, modes: Vec::new(), steerings: Vec::new() };
+    let mut setting = Setting {
+        engine,
+        region,
+        workers,
+        ports,
+        modes: Vec::new(),
+        monitors: Vec::new(),
+        steerings: Vec::new(),
+    };
     for number in 0..2 {
         setting.open(netns, number, longest)?;
     }
@@ -107,6 +116,7 @@ impl Setting {
         })?;
         ensure!(steering.is_in_driver(), "a veth has XDP in its driver");
         self.modes.push(queue.mode());
+        self.monitors.push(queue.monitor());
         self.steerings.push(steering);
         let port = self.ports[number];
         self.engine.attach(port, vec![Box::new(queue.transmit)]);
@@ -185,9 +195,17 @@ fn frames_cross_both_ways_under_policy() -> Result<()> {
     let (one, two) = (setting.engine.port_stats(one), setting.engine.port_stats(two));
     ensure!((one.tx_packets, one.rx_packets) == (3000, 3102), "{one:?}");
     ensure!((two.tx_packets, two.rx_packets) == (3100, 3000), "{two:?}");
-    let Setting { region, workers, engine, .. } = setting;
+    for monitor in &setting.monitors {
+        let lost = monitor.statistics()?.context("the queue is open")?;
+        ensure!(
+            lost == SocketStatistics { tx_ring_empty_descs: lost.tx_ring_empty_descs, ..Default::default() },
+            "{lost:?}"
+        );
+    }
+    let Setting { region, workers, engine, monitors, .. } = setting;
     drop((workers, engine));
     ensure!(region.outstanding() == 0, "{} chunks are missing", region.outstanding());
+    ensure!(monitors[0].statistics()?.is_none(), "the queue is closed");
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use nix::unistd::Pid;
 use sluice_policy::generate::Rng;
 
 use super::*;
-use crate::engine::tests::{image, mac, plain};
+use crate::engine::tests::{image, mac, plain, super_frame};
 use crate::frame::{Pool, RegionLayout};
 use crate::memory::{MemoryPort, link};
 use crate::port::{Accepts, Batch, Transmit as _};
@@ -146,6 +146,68 @@ fn a_sleeping_worker_holds_on_to_no_detached_port() {
     until("sleep again", || sleeps() > before);
     engine.detach(ports[1]);
     until("letting go", || ends[1].receive.is_abandoned());
+}
+
+/// Everything at once, for a while: ports come and go, queues move, policies change, workers balance, frames of all kinds fly.
+#[test]
+fn no_frame_is_lost_from_the_books_whatever_is_changed_meanwhile() {
+    const VMS: u8 = 6;
+    let region = Region::new(RegionLayout { small: 8192, large: 64 }).expect("memory");
+    let engine = Engine::new();
+    let (image, ports) = image(vec![Default::default(); usize::from(VMS)]);
+    let (fewer, _) = self::image(vec![Default::default(); usize::from(VMS) - 2]);
+    engine.apply(image.clone());
+    let workers = Workers::start(&engine, &region, &cores(), Patience::default()).expect("workers");
+    let mut pool = Pool::new(&region);
+    let mut rng = Rng::new(5);
+    let mut ends: BTreeMap<usize, MemoryPort> = BTreeMap::new();
+    let (mut batch, mut received) = (Batch::new(), 0);
+    let queue = |number: usize| QueueId { port: ports[number], queue: 0 };
+    for round in 0..4_000 {
+        let number = rng.below(usize::from(VMS));
+        match rng.below(12) {
+            0 if !ends.contains_key(&number) => {
+                let accepts = if rng.chance(50) { Accepts::ALL } else { Accepts::default() };
+                let (near, far) = link(64, [Accepts::ALL, accepts]).expect("a link");
+                engine.attach(ports[number], vec![Box::new(near.transmit)]);
+                workers.place_anywhere(queue(number), Box::new(near.receive)).expect("a place");
+                ends.insert(number, far);
+            }
+            1 if ends.contains_key(&number) && rng.chance(30) => {
+                // The far end goes first, last or in between.
+                let far = ends.remove(&number).filter(|_| rng.chance(50));
+                drop(workers.remove(queue(number)).expect("it is placed"));
+                engine.detach(ports[number]);
+                drop(far);
+            }
+            2 if ends.contains_key(&number) => {
+                workers.move_to(queue(number), WorkerId(rng.below(2))).expect("it moves");
+            }
+            3 if round % 10 == 0 => engine.apply(if rng.chance(50) { image.clone() } else { fewer.clone() }),
+            4 => drop(workers.balance().expect("all are placed")),
+            _ => {}
+        }
+        for (&number, end) in &mut ends {
+            let from = number as u8 + 1;
+            while batch.room() > 0 && rng.chance(80) {
+                let to = if rng.chance(20) { [0xff; 6] } else { mac(1 + rng.below(usize::from(VMS)) as u8) };
+                let frame = match rng.chance(10) {
+                    true => super_frame(&mut pool, to, mac(from)),
+                    false => pool.copy(&plain(to, mac(from))),
+                };
+                let Some(frame) = frame else { break };
+                batch.push(frame);
+            }
+            end.transmit.transmit(&mut pool, &mut batch);
+            end.transmit.flush();
+            end.receive.receive(&mut pool, &mut batch);
+            received += batch.len();
+            batch.give(&mut pool);
+        }
+    }
+    assert!(received > 10_000, "only {received} frames arrived");
+    drop((workers, engine, ends));
+    assert_eq!(region.outstanding(), 0);
 }
 
 #[test]

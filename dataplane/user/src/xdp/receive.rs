@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::ring::{CONTINUED, Consumer, Descriptor, Producer};
-use super::{Kick, Socket, SocketStatistics, XdpMode, sys};
+use super::{Kick, Socket, XdpMode, XdpMonitor, sys};
 use crate::frame::{Frame, LARGE_CHUNK, Lent, Pool, SMALL_CHUNK};
 use crate::port::{Batch, Receive};
 
@@ -46,12 +46,9 @@ impl XdpReceive {
         self.socket.fd()
     }
 
-    /// The kernel's counters of the socket.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn statistics(&self) -> std::io::Result<SocketStatistics> {
-        sys::statistics(self.socket.fd())
+    /// What can still be asked when it is placed.
+    pub(super) fn monitor(&self) -> XdpMonitor {
+        XdpMonitor(Arc::downgrade(&self.socket))
     }
 
     /// Packets of several chunks that were lost for want of memory to put them together.
