@@ -64,14 +64,23 @@ fn assert_asks(port: &Port, end: &mut FromGuest, pool: &mut Pool) {
     }
 }
 
+fn open(path: &Path, mode: Mode) -> (Port, FromGuest) {
+    let config =
+        PortConfig { path: path.to_owned(), mode, queue_pairs: 1, mtu: 1500, offloads: true, standby: true };
+    let port = Port::open(config, Box::new(|_| {})).expect("the port opens");
+    let (end, _) = port.queues().remove(0);
+    (port, end)
+}
+
+fn pool() -> Pool {
+    Pool::new(&Region::new(RegionLayout { small: 64, large: 2 }).expect("memory"))
+}
+
 fn boots_again_and_again(mode: Mode, options: &str) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("socket");
-    let config =
-        PortConfig { path: path.clone(), mode, queue_pairs: 1, mtu: 1500, offloads: true, standby: true };
-    let port = Port::open(config, Box::new(|_| {})).expect("the port opens");
-    let mut pool = Pool::new(&Region::new(RegionLayout { small: 64, large: 2 }).expect("memory"));
-    let (mut end, _to) = port.queues().remove(0);
+    let (port, mut end) = open(&path, mode);
+    let mut pool = pool();
     for boot in 1..=2 {
         let qemu = Qemu::start(&path, options);
         assert_asks(&port, &mut end, &mut pool);
@@ -95,4 +104,18 @@ fn a_machine_that_connects_boots_again_and_again() {
 #[test]
 fn a_machine_that_listens_boots_again_and_again() {
     boots_again_and_again(Mode::Client, ",server=on");
+}
+
+#[test]
+fn a_machine_outlives_the_switch() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("socket");
+    let mut pool = pool();
+    let _qemu = Qemu::start(&path, ",server=on");
+    for _ in 0..2 {
+        // Opened anew, as by a switch that was restarted; the machine has not noticed, and asks again.
+        let (port, mut end) = open(&path, Mode::Client);
+        assert_asks(&port, &mut end, &mut pool);
+        assert_eq!(port.status().refused_requests, 0);
+    }
 }
