@@ -314,7 +314,7 @@ fn a_driver_moves_frames_without_copying_them() -> Result<()> {
     ensure!(setting.modes[0].zero_copy && !setting.modes[1].zero_copy, "{:?}", setting.modes);
     let far = far_ends(&netns)?;
     for round in 0..3 {
-        wait_until("the wire", PATIENCE, || {
+        wait_until(&format!("the wire, round {round}"), PATIENCE, || {
             far[1].send(&frame(1, 0, 60))?;
             Ok(far[0].receive(Duration::from_millis(100))?.is_some_and(|frame| is_ours(&frame)).then_some(()))
         })?;
