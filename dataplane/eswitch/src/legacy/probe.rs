@@ -8,6 +8,7 @@ use sluice_policy::placement::{Capabilities, Evidence, Mode, PortVlan, VlanProto
 
 use super::Legacy;
 use super::codec::{LinkState, PfReport, Setting, VfReport};
+use super::gate::Gate;
 use crate::contract::{EswitchError, VfIndex};
 
 /// What the findings depend on.
@@ -55,6 +56,12 @@ impl Legacy {
         let vf_count = capabilities.max_vfs.into();
         let then = Circumstances { vf_count, running: true, tried: true };
         self.probed.get_or_insert_with(|| (then, capabilities.clone()));
+        // How VFs are closed is found out by a write too.
+        self.gate = self.gate.or(match capabilities.link_state {
+            Evidence::ReadBack => Some(Gate::LinkState),
+            Evidence::Missing if self.device.is_pci() => Some(Gate::Driver),
+            _ => None,
+        });
     }
 
     /// Whether experiments on a VF disturb nobody: it is not ours, and its link is forced down, or it has no driver, or an
