@@ -75,6 +75,15 @@ impl Vfs {
         if path.vf.is_some() {
             return path;
         }
+        let is_in_use =
+            |backings: &Backings| backings.vnics.get(&vnic.name).is_some_and(|backing| backing.in_use);
+        if vnic.wants_vf() && self.by_switch.values().any(is_in_use) {
+            // Adopted: the engine serves it as on its VF, and nobody has found that to be otherwise.
+            path.set_path(Path::Hardware);
+            path.cause =
+                "it was on a VF when the last daemon ended; the NIC is about to be looked at".to_owned();
+            return path;
+        }
         path.set_path(Path::Software);
         let switch = config.switches.iter().find(|switch| switch.name == vnic.switch);
         let (reason, message) = if !vnic.wants_vf() {
