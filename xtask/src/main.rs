@@ -45,7 +45,11 @@ enum Task {
         force: bool,
     },
     /// Show what Sluice does: two VMs, an outside, and the switch between them. Needs root.
-    Demo,
+    Demo {
+        /// VFs of an emulated NIC instead, in the SR-IOV lab.
+        #[arg(long)]
+        sriov: bool,
+    },
     /// Run a command in a throw-away machine with SR-IOV: a Debian kernel in QEMU, this machine's files read-only.
     Lab(lab::Options),
     /// Check the rules of the house: crate arrows, unsafe code, module docs, portable text, dependencies.
@@ -68,7 +72,7 @@ fn main() -> std::process::ExitCode {
     let outcome = match Arguments::parse().task {
         Task::Bench { extra } => bench::bench(&extra),
         Task::BuildEbpf { toolchain, force } => ebpf::build(toolchain, force).map(drop),
-        Task::Demo => demo::demo(),
+        Task::Demo { sriov } => demo::demo(sriov),
         Task::Lab(options) => return lab::lab(&options),
         Task::Lint => lint::lint(),
         Task::Test { quick, without_lab, extra } => test::test(quick, without_lab, &extra),
