@@ -54,6 +54,8 @@ impl Testpmd {
                 "256",
                 "--single-file-segments",
                 "--no-telemetry",
+                // Nothing is shared with another testpmd, not even a lock.
+                "--no-shconf",
             ])
             .args([&device, "--", "--auto-start", "--no-mlockall", "--total-num-mbufs=4096"])
             .arg(format!("--forward-mode={}", run.mode))
