@@ -189,8 +189,7 @@ fn revokes(lab: &VfLab, vm1: &Vm, outside: &Vm) -> Result<()> {
             connection.wait_more(20, PATIENCE)?;
             for _ in 0..REVOKES {
                 lab.lab.sluice().run(&["revoke", "vnic", &vm1.name, "--hold", "0"])?;
-                let path = lab.path(vm1)?;
-                ensure!(text(&path["reason"]) == "HELD", "{path}");
+                lab.wait_reason(vm1, "HELD")?;
                 connection.wait_more(20, PATIENCE)?;
                 lab.lab.sluice().run(&["release", "vnic", &vm1.name])?;
                 lab.wait_path(vm1, "HARDWARE")?;
