@@ -11,6 +11,7 @@ pub mod frame;
 pub mod memory;
 pub mod offload;
 pub mod port;
+pub mod tap;
 pub mod vhost;
 pub mod workers;
 pub mod xdp;

@@ -10,10 +10,11 @@ use crate::frame::{Checksum, Gso, GsoKind, Offload};
 use crate::port::Accepts;
 
 /// The longest header, with a count of buffers.
-pub(super) const MAX_HEADER: usize = 12;
+pub(crate) const MAX_HEADER: usize = 12;
 
 const NEEDS_CSUM: u8 = 1;
-const DATA_VALID: u8 = 2;
+/// The bytes hold a checksum that somebody has checked.
+pub(crate) const DATA_VALID: u8 = 2;
 
 const GSO_NONE: u8 = 0;
 const GSO_TCPV4: u8 = 1;
@@ -33,7 +34,7 @@ const UDP: u8 = 17;
 
 /// A header, as it was read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Header {
+pub(crate) struct Header {
     flags: u8,
     gso_type: u8,
     gso_size: u16,
@@ -43,7 +44,7 @@ pub(super) struct Header {
 
 impl Header {
     #[inline]
-    pub(super) fn parse(bytes: &[u8; MAX_HEADER]) -> Self {
+    pub(crate) fn parse(bytes: &[u8; MAX_HEADER]) -> Self {
         let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         Self {
             flags: bytes[0],
@@ -56,7 +57,7 @@ impl Header {
 
     /// What the header asks to be done to `frame`, if it may.
     #[inline]
-    pub(super) fn offload(&self, frame: &[u8], allowed: Accepts) -> Result<Offload, FrameFault> {
+    pub(crate) fn offload(&self, frame: &[u8], allowed: Accepts) -> Result<Offload, FrameFault> {
         if self.flags & NEEDS_CSUM == 0 && self.gso_type == GSO_NONE {
             // DATA_VALID is not for drivers to set; what they claim of their own checksums is not believed.
             return Ok(Offload::default());
@@ -147,7 +148,7 @@ fn transport_of(kind: GsoKind) -> u8 {
 
 /// The header of a frame for the guest, which takes `accepts`; the count of buffers is left at one.
 #[inline]
-pub(super) fn header_for(
+pub(crate) fn header_for(
     frame: &[u8],
     offload: Offload,
     accepts: Accepts,

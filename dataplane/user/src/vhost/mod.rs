@@ -29,7 +29,7 @@ mod device;
 pub mod driver;
 mod error;
 pub mod features;
-mod header;
+pub(crate) mod header;
 mod inflight;
 mod live;
 mod log;

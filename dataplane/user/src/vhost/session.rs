@@ -3,9 +3,10 @@
 //! A front-end may go away at any time, in the middle of a message or of a batch. What it shared is let go of, the port's settings
 //! stay, and the next one is waited for.
 
+use std::fs::Permissions;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -23,6 +24,8 @@ use super::wire::{Answer, Connection, Woken, wait_for};
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// How long to wait between front-ends that connect to us.
 const BREATHER: Duration = Duration::from_millis(2);
+/// Who may connect to a server's socket: its owner and its group, to which VMMs are to belong.
+const SOCKET_MODE: u32 = 0o660;
 /// A connection that lasted less counts as a failed attempt.
 const SHORT: Duration = Duration::from_secs(1);
 
@@ -42,6 +45,7 @@ impl Endpoint {
         clear_the_way(path)?;
         let listen = || {
             let listener = UnixListener::bind(path)?;
+            std::fs::set_permissions(path, Permissions::from_mode(SOCKET_MODE))?;
             listener.set_nonblocking(true)?;
             Ok(listener)
         };
