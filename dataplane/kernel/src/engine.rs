@@ -12,6 +12,7 @@ use crate::attach::Attachments;
 use crate::links::Links;
 use crate::loader::{self, Loaded};
 use crate::pins::Pins;
+use crate::promisc::Reception;
 use crate::report::{AdoptReport, FdbRow, FdbSweep, MapWrites, MapsOutcome, Observation, SyncReport};
 use crate::sync::{Expedited, Mirror, Pass};
 use crate::{EngineError, LiveTables, internal, observe, promisc, stats, vlan_offload};
@@ -184,7 +185,9 @@ impl Engine {
         }
         internal::ensure(&[])?;
         let links = Links::read()?;
-        promisc::reconcile(&BTreeSet::new(), &links, &self.pins)?;
+        for reception in [Reception::All, Reception::Groups] {
+            promisc::reconcile(reception, &BTreeSet::new(), &links, &self.pins)?;
+        }
         vlan_offload::restore(&BTreeSet::new(), &links, &self.pins)?;
         self.pins.remove_all()
     }

@@ -36,6 +36,8 @@ pub(crate) struct Link {
     pub(crate) alias: Option<String>,
     /// Receives every frame on its wire, because somebody set it so.
     pub(crate) promiscuous: bool,
+    /// Receives every group address, because somebody set it so.
+    pub(crate) all_groups: bool,
 }
 
 /// All links at one moment.
@@ -168,6 +170,7 @@ fn parse(payload: &[u8]) -> Result<Link, DecodeError> {
         peer_namespace: None,
         alias: None,
         promiscuous: flags & libc::IFF_PROMISC != 0,
+        all_groups: flags & libc::IFF_ALLMULTI != 0,
     };
     for attribute in NlasIterator::new(payload.get(HEADER..).ok_or_else(truncated)?) {
         let attribute: NlaBuffer<&[u8]> = attribute?;

@@ -6,6 +6,7 @@
 //! PIN_DIR/progs/NAME        the programs
 //! PIN_DIR/links/PORT-HOOK   the links; PORT is escaped, as a bpffs knows neither `/` nor `.` in names
 //! PIN_DIR/promisc/IFINDEX   an empty directory per interface that we made promiscuous
+//! PIN_DIR/allmulti/IFINDEX  an empty directory per interface that we had receive all group addresses
 //! PIN_DIR/rxvlan/IFINDEX    an empty directory per interface whose receive VLAN offload we switched off
 //! ```
 
@@ -18,6 +19,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use crate::EngineError;
+use crate::promisc::Reception;
 use crate::syscall::LinkKind;
 
 /// Where the kernel wants its bpffs.
@@ -83,8 +85,11 @@ impl Pins {
         self.root.join("links")
     }
 
-    pub(crate) fn promiscuous(&self) -> PathBuf {
-        self.root.join("promisc")
+    pub(crate) fn reception(&self, reception: Reception) -> PathBuf {
+        self.root.join(match reception {
+            Reception::All => "promisc",
+            Reception::Groups => "allmulti",
+        })
     }
 
     pub(crate) fn receive_vlan(&self) -> PathBuf {

@@ -1,7 +1,10 @@
-//! Promiscuous mode of uplinks: a wire's frames for VMs are not for the wire's own address.
+//! What uplinks receive that is not for their own address: a wire's frames are for VMs.
 //!
-//! What we set we take back, also in another life of the daemon: a directory `PIN_DIR/promisc/IFINDEX` stands for it.
-//! Packet sockets would count for us, but what they ask for ends with the process.
+//! Most are made promiscuous. One whose NIC is told address by address what to receive must not be, and receives all group
+//! addresses besides: neighbour discovery needs them.
+//!
+//! What we set we take back, also in another life of the daemon: a directory `PIN_DIR/promisc/IFINDEX`, or
+//! `PIN_DIR/allmulti/IFINDEX`, stands for it. Packet sockets would count for us, but what they ask for ends with the process.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,19 +18,54 @@ use crate::links::{Link, Links};
 use crate::netlink::Connection;
 use crate::pins::Pins;
 
+/// What an interface receives besides what is for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reception {
+    /// Everything.
+    All,
+    /// All group addresses.
+    Groups,
+}
+
+impl Reception {
+    const fn flag(self) -> LinkFlags {
+        match self {
+            Reception::All => LinkFlags::Promisc,
+            Reception::Groups => LinkFlags::Allmulti,
+        }
+    }
+
+    const fn is_on(self, link: &Link) -> bool {
+        match self {
+            Reception::All => link.promiscuous,
+            Reception::Groups => link.all_groups,
+        }
+    }
+
+    /// In words, and when it is no longer so.
+    const fn words(self) -> (&'static str, &'static str) {
+        match self {
+            Reception::All => ("promiscuous", "no longer promiscuous"),
+            Reception::Groups => ("receive all group addresses", "no longer receive all group addresses"),
+        }
+    }
+}
+
 /// Whether an uplink needs it: veths and taps deliver every frame anyhow.
 pub(crate) fn is_needed(link: &Link) -> bool {
     !matches!(link.view.kind.as_str(), "veth" | "tun")
 }
 
-/// Makes these interfaces promiscuous, and those not that were so for us and are not wanted. Says what it did.
+/// Has these interfaces receive so, and those no longer that did so for us and are not wanted. Says what it did.
 pub(crate) fn reconcile(
+    reception: Reception,
     wanted: &BTreeSet<u32>,
     links: &Links,
     pins: &Pins,
 ) -> Result<Vec<String>, EngineError> {
     let mut done = Vec::new();
-    let directory = pins.promiscuous();
+    let (words, no_words) = reception.words();
+    let directory = pins.reception(reception);
     let marked: BTreeSet<u32> = match fs::read_dir(&directory) {
         Ok(entries) => {
             entries.flatten().filter_map(|entry| entry.file_name().to_string_lossy().parse().ok()).collect()
@@ -35,17 +73,17 @@ pub(crate) fn reconcile(
         Err(_) => BTreeSet::new(),
     };
     for ifindex in wanted {
-        let Some(link) = links.by_ifindex(*ifindex).filter(|link| !link.promiscuous) else { continue };
+        let Some(link) = links.by_ifindex(*ifindex).filter(|link| !reception.is_on(link)) else { continue };
         // The mark first: at worst, a mode is taken back that nobody had set.
         let mark = directory.join(ifindex.to_string());
         fs::create_dir_all(&mark).map_err(EngineError::io(format!("making {}", mark.display())))?;
-        set(link, true)?;
-        done.push(format!("made {} promiscuous", link.view.name));
+        set(link, reception, true)?;
+        done.push(format!("made {} {words}", link.view.name));
     }
     for ifindex in marked.difference(wanted) {
-        if let Some(link) = links.by_ifindex(*ifindex).filter(|link| link.promiscuous) {
-            set(link, false)?;
-            done.push(format!("made {} no longer promiscuous", link.view.name));
+        if let Some(link) = links.by_ifindex(*ifindex).filter(|link| reception.is_on(link)) {
+            set(link, reception, false)?;
+            done.push(format!("made {} {no_words}", link.view.name));
         }
         let mark = directory.join(ifindex.to_string());
         fs::remove_dir(&mark).map_err(EngineError::io(format!("removing {}", mark.display())))?;
@@ -53,12 +91,12 @@ pub(crate) fn reconcile(
     Ok(done)
 }
 
-fn set(link: &Link, on: bool) -> Result<(), EngineError> {
-    let failed = || EngineError::netlink(format!("setting the promiscuous mode of {}", link.view.name));
+fn set(link: &Link, reception: Reception, on: bool) -> Result<(), EngineError> {
+    let failed = || EngineError::netlink(format!("setting what {} receives", link.view.name));
     let mut message = LinkMessage::default();
     message.header.index = link.view.ifindex;
-    message.header.flags = if on { LinkFlags::Promisc } else { LinkFlags::empty() };
-    message.header.change_mask = LinkFlags::Promisc;
+    message.header.flags = if on { reception.flag() } else { LinkFlags::empty() };
+    message.header.change_mask = reception.flag();
     let mut connection = Connection::open(NETLINK_ROUTE).map_err(failed())?;
     match connection.request(RouteNetlinkMessage::SetLink(message), 0) {
         Ok(_) => Ok(()),

@@ -139,11 +139,13 @@ fn a_wire_is_promiscuous_while_it_is_an_uplink() {
     in_lab(|lab| {
         ip("link add br7 type bridge"); // as near to a wire as every kernel has
         ip("link set br7 up");
-        let is_promiscuous = || {
+        let has_flag = |flag: &str| {
             let output =
                 Command::new("ip").args(["link", "show", "br7"]).output().expect("`ip` is installed");
-            String::from_utf8_lossy(&output.stdout).contains("PROMISC")
+            String::from_utf8_lossy(&output.stdout).contains(flag)
         };
+        let is_promiscuous = || has_flag("PROMISC");
+        let receives_all_groups = || has_flag("ALLMULTI");
         let mut with = config(vec![]);
         with.switches[0].uplink = Some(uplink("br7"));
         let (mut engine, _) = lab.open();
@@ -152,6 +154,16 @@ fn a_wire_is_promiscuous_while_it_is_an_uplink() {
         assert!(is_promiscuous());
         assert_eq!(report.ports["uplink/blue"].state, PortState::Attached);
         assert_eq!(lab.sync(&mut engine, &with).link_changes, Vec::<String>::new());
+        // Its NIC is told what to receive: all groups, and no more than that.
+        let mut image = lab.image(&engine, &with);
+        for port in image.ports.values_mut() {
+            port.is_filtered = true;
+        }
+        engine.sync(&image).expect("the image can be synced");
+        assert!(!is_promiscuous() && receives_all_groups());
+        assert_eq!(engine.sync(&image).expect("again").link_changes, Vec::<String>::new());
+        lab.sync(&mut engine, &with);
+        assert!(is_promiscuous() && !receives_all_groups());
         drop(engine);
         let (mut engine, _) = lab.open();
         lab.sync(&mut engine, &config(vec![]));

@@ -13,6 +13,7 @@ use crate::attach::Attached;
 use crate::hook::{self, Choice};
 use crate::links::{Link, Links};
 use crate::loader;
+use crate::promisc::Reception;
 use crate::syscall::LinkKind;
 use crate::{EngineError, HooksInUse, PortState, PortStatus, SyncReport, promisc, vlan_offload};
 
@@ -81,15 +82,22 @@ impl Pass<'_> {
         links: &Links,
         report: &mut SyncReport,
     ) -> Result<(), EngineError> {
-        let wanted = self
-            .image
-            .ports
-            .values()
-            .filter(|port| port.config.kind == port_kind::UPLINK && !port.is_filtered)
-            .filter(|port| links.by_ifindex(port.config.ifindex).is_some_and(promisc::is_needed))
-            .map(|port| port.config.ifindex)
-            .collect();
-        report.link_changes.extend(promisc::reconcile(&wanted, links, self.pins)?);
+        let wires = || {
+            self.image
+                .ports
+                .values()
+                .filter(|port| port.config.kind == port_kind::UPLINK)
+                .filter(|port| links.by_ifindex(port.config.ifindex).is_some_and(promisc::is_needed))
+        };
+        let receiving = |filtered: bool| {
+            wires().filter(|port| port.is_filtered == filtered).map(|port| port.config.ifindex).collect()
+        };
+        // In this order an uplink whose NIC is told what to receive hears groups all the while.
+        for (reception, wanted) in [(Reception::Groups, receiving(true)), (Reception::All, receiving(false))]
+        {
+            let done = promisc::reconcile(reception, &wanted, links, self.pins)?;
+            report.link_changes.extend(done);
+        }
         Ok(())
     }
 
