@@ -19,7 +19,7 @@ use sluice_policy::lower;
 use sluice_proto::v1;
 use tokio::sync::watch;
 
-use crate::engine::DataPlane;
+use crate::engine::{DataPlane, Wake};
 use crate::error::Error;
 use crate::events::{EventLog, Severity};
 use crate::resource::Key;
@@ -125,6 +125,11 @@ impl Core {
         core
     }
 
+    /// Has the engine tell `wake` when a pass is due.
+    pub fn watch(&mut self, wake: Wake) {
+        self.engine.watch(wake);
+    }
+
     /// The published state, and notice of its changes.
     pub fn view(&self) -> watch::Receiver<Arc<View>> {
         self.view.subscribe()
@@ -222,13 +227,19 @@ impl Core {
         for (name, port) in &ports {
             let before = self.ports.get(name);
             let known: &[String] = before.map_or(&[], |before| &before.notes);
+            // Of what is no interface, notes say what its guest can do, not what it lacks.
+            let is_rings = port.netdev.is_empty();
+            let severity = if is_rings { Severity::Info } else { Severity::Warning };
             for note in port.notes.iter().filter(|note| !known.contains(note)) {
-                self.events.note(Severity::Warning, format!("{name}: {note}"));
+                self.events.note(severity, format!("{name}: {note}"));
             }
             if before.is_some_and(|before| before.state == port.state && before.ifindex == port.ifindex) {
                 continue;
             }
             match port.state() {
+                v1::port_status::State::Attached if is_rings => {
+                    attached.push(format!("{name} is attached: its guest is there"));
+                }
                 v1::port_status::State::Attached => {
                     attached
                         .push(format!("{name} is attached to {} (ifindex {})", port.netdev, port.ifindex));

@@ -17,7 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::core::{Core, View};
-use crate::engine::KernelEngine;
+use crate::engine::{JointEngine, KernelEngine, UserEngine};
 use crate::reconcile::{self, Handle, StartError};
 use crate::server::{self, Api, Identity, ServeError, SocketError};
 use crate::store::{Store, StoreError};
@@ -104,6 +104,7 @@ pub fn run(args: &Args) -> Result<(), DaemonError> {
     let make = move || -> Result<Core, DaemonError> {
         let engine = KernelEngine::open(&options)?;
         privileges::drop_for_thread(Role::Engine)?;
+        let engine = JointEngine::new(engine, UserEngine::default());
         Ok(Core::new(store, state, origin, Box::new(engine)))
     };
     let vfs = Equipment::of_host(paths.state_dir.clone(), paths.runtime_dir.clone());

@@ -148,6 +148,9 @@ fn ports(core: &Core) -> Finding {
         .map(|port| {
             let hooks: Vec<&str> = port.hooks().map(|hook| hook.as_str_name()).collect();
             let mut found = match port.state() {
+                v1::port_status::State::Attached if port.netdev.is_empty() => {
+                    finding(Level::Ok, &port.port, "attached to its guest, in user space", "")
+                }
                 v1::port_status::State::Attached => finding(
                     Level::Ok,
                     &port.port,
@@ -163,7 +166,11 @@ fn ports(core: &Core) -> Finding {
                     Level::Note,
                     &port.port,
                     format!("pending: {}", port.message),
-                    format!("create the interface {}; it is attached by itself", port.netdev),
+                    if port.netdev.is_empty() {
+                        "start the VM with this socket and shared memory; it is attached by itself".to_owned()
+                    } else {
+                        format!("create the interface {}; it is attached by itself", port.netdev)
+                    },
                 ),
                 v1::port_status::State::Failed => finding(
                     Level::Problem,

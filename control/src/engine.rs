@@ -4,7 +4,11 @@
 
 #[cfg(test)]
 pub(crate) mod fake;
+mod joint;
 mod kernel;
+mod user;
+
+use std::sync::Arc;
 
 use sluice_kernel::{EngineError, FdbRow, FdbSweep, Observation, SyncReport};
 use sluice_pipeline::DropReason;
@@ -14,7 +18,12 @@ use sluice_policy::lower::PortSpec;
 
 use crate::trace::LiveTrace;
 
+pub use joint::{JointEngine, UserPlane};
 pub use kernel::KernelEngine;
+pub use user::UserEngine;
+
+/// Tells the owner of an engine that something has changed by itself: a pass is due. Called from any thread.
+pub type Wake = Arc<dyn Fn() + Send + Sync>;
 
 /// What the engine found when it was opened, in words for the event log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -76,4 +85,6 @@ pub trait DataPlane {
     fn rule_stats(&self, counters: &[u32]) -> Result<Vec<RuleStats>, EngineError>;
     /// Takes a frame from a port through the pipeline over the live tables, without any side effect.
     fn trace(&self, ingress: u32, frame: &[u8]) -> LiveTrace;
+    /// From now on tells `wake` of what changes by itself. Interfaces are watched by others.
+    fn watch(&mut self, wake: Wake);
 }

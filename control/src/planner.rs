@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 use sluice_pipeline::tables::{PortConfig, port_flag};
-use sluice_policy::image::{GroupImage, Image};
+use sluice_policy::image::{Behind, GroupImage, Image, PortImage};
 use sluice_proto::v1::{Change, FieldChange, change::Action};
 
 use crate::convert::{self, Spec};
@@ -127,10 +127,30 @@ fn text(value: &Value) -> String {
     if value.is_null() { String::new() } else { value.to_string() }
 }
 
+/// Whether a port's policy changes, whatever becomes of its attachment.
+fn is_reprogrammed(before: &PortImage, after: &PortImage) -> bool {
+    let policy = |port: &PortImage| {
+        let mut config = port.config;
+        config.flags &= !port_flag::ATTACHED;
+        config
+    };
+    policy(before) != policy(after) || before.trunk != after.trunk
+}
+
 /// What the data plane would do to get from one image to the other.
 pub fn data_plane(old: &Image, new: &Image) -> Vec<Change> {
     let mut changes = Vec::new();
     for (id, port) in &new.ports {
+        if let Behind::VhostUser(rings) = &port.behind {
+            let before = old.ports.get(id).filter(|before| before.name == port.name);
+            if before.is_none_or(|before| before.behind != port.behind) {
+                let note = format!("to the guest at {}", rings.path);
+                changes.push(change(Action::Attach, port.name.clone(), Vec::new(), note));
+            } else if before.is_some_and(|before| is_reprogrammed(before, port)) {
+                changes.push(change(Action::Program, port.name.clone(), Vec::new(), "its policy".to_owned()));
+            }
+            continue;
+        }
         let before = old.ports.get(id).filter(|before| before.name == port.name);
         let attached = |config: &PortConfig| config.flags & port_flag::ATTACHED != 0;
         let was = before.filter(|before| attached(&before.config));

@@ -36,6 +36,8 @@ type Job = Box<dyn FnOnce(&mut Core) + Send>;
 enum Message {
     Job(Job),
     Links(Vec<LinkEvent>),
+    /// The engine says that something has changed.
+    Due,
     Stop,
 }
 
@@ -92,12 +94,16 @@ pub fn start<E: Send + 'static>(
 ) -> Result<(Handle, JoinHandle<()>), StartError<E>> {
     let (sender, receiver) = channel();
     let (ready, started) = channel();
-    let to_core = sender.clone();
+    let (to_core, wake) = (sender.clone(), sender.clone());
     let thread = thread::Builder::new().name("reconciler".to_owned()).spawn(move || match make() {
         Ok(mut core) => {
             if let Some(equipment) = vfs {
                 core.serve_vfs(equipment, move || Box::new(ToCore { sender: to_core.clone() }));
             }
+            core.watch(Arc::new(move || {
+                // A reconciler that has ended needs no pass.
+                let _ = wake.send(Message::Due);
+            }));
             // Whoever asks first shall hear what is, not that nobody has looked yet.
             core.full_pass();
             // The starter waits for exactly this.
@@ -186,6 +192,7 @@ fn run(mut core: Core, receiver: &Receiver<Message>) {
                     links.hit(Instant::now());
                 }
             }
+            Ok(Message::Due) => links.hit(Instant::now()),
             Ok(Message::Stop) | Err(RecvTimeoutError::Disconnected) => break,
             Err(RecvTimeoutError::Timeout) => {}
         }

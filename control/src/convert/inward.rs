@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use sluice_policy::config::{
     Acl, AclAction, AclGroup, AclMatch, AclRule, Attachment, Attestable, Direction, Hook, Internal, Policy,
-    Rate, Sriov, Switch, Uplink, VfAttachment, VlanMode, Vnic,
+    Rate, Sriov, Switch, Uplink, VfAttachment, VhostMode, VhostUser, VlanMode, Vnic,
 };
 use sluice_policy::net::{MacAddr, VlanId};
 use sluice_policy::validate::{Violation, ViolationCode};
@@ -21,6 +21,8 @@ pub(super) const AGEING_SECONDS: u32 = 300;
 pub(super) const UPLINK_LEARN_LIMIT: u32 = 16_384;
 /// Weight of a vNIC's claim to a VF, unless told.
 pub(super) const WEIGHT: u8 = 50;
+/// Queue pairs of a vhost-user vNIC, unless told.
+pub(super) const VHOST_QUEUES: u16 = 1;
 /// Name of a VF's interface in a VM's namespace, unless told.
 pub(super) const VF_NETDEV: &str = "vf0";
 
@@ -213,10 +215,12 @@ impl<'a> Reader<'a> {
         let attach = match message.attach.as_ref().and_then(|attach| attach.kind.as_ref()) {
             Some(v1::attachment::Kind::Veth(name)) => Attachment::Veth(name.clone()),
             Some(v1::attachment::Kind::Tap(name)) => Attachment::Tap(name.clone()),
+            Some(v1::attachment::Kind::VhostUser(rings)) => Attachment::VhostUser(self.vhost_user(rings)),
             None => {
                 self.missing(
                     "attach",
-                    "say which interface it is: `attach: {veth: NAME}` or `attach: {tap: NAME}`",
+                    "say which interface it is: `attach: {veth: NAME}` or `attach: {tap: NAME}`, or which socket: \
+                     `attach: {vhostUser: {path: PATH}}`",
                 );
                 Attachment::Veth(String::new())
             }
@@ -242,6 +246,21 @@ impl<'a> Reader<'a> {
             policy: message.policy.as_ref().map(|policy| self.policy(policy)).unwrap_or_default(),
             sriov: message.sriov.as_ref().map(|sriov| self.sriov(&message.name, sriov)),
         }
+    }
+
+    fn vhost_user(&mut self, message: &v1::VhostUserAttachment) -> VhostUser {
+        let mode = match v1::vhost_user_attachment::Mode::try_from(message.mode) {
+            Ok(v1::vhost_user_attachment::Mode::Server) => VhostMode::Server,
+            Ok(v1::vhost_user_attachment::Mode::Client) => VhostMode::Client,
+            Err(_) => {
+                let text = format!("{} is not a mode; use SERVER or CLIENT", message.mode);
+                self.invalid("attach.vhostUser.mode", text);
+                VhostMode::Server
+            }
+        };
+        // What is too large for the type is too large for validation as well.
+        let queues = message.queues.map_or(VHOST_QUEUES, |queues| u16::try_from(queues).unwrap_or(u16::MAX));
+        VhostUser { path: message.path.clone(), mode, queues }
     }
 
     fn sriov(&mut self, vnic: &str, message: &v1::Sriov) -> Sriov {

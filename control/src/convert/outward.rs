@@ -2,12 +2,12 @@
 
 use sluice_policy::config::{
     Acl, AclAction, AclGroup, AclMatch, AclRule, Attachment, Direction, Hook, Policy, Rate, Sriov, Switch,
-    Uplink, VfAttachment, VlanMode, Vnic,
+    Uplink, VfAttachment, VhostMode, VlanMode, Vnic,
 };
 use sluice_proto::v1;
 
 use super::Spec;
-use super::inward::{AGEING_SECONDS, UPLINK_LEARN_LIMIT, VF_NETDEV, WEIGHT};
+use super::inward::{AGEING_SECONDS, UPLINK_LEARN_LIMIT, VF_NETDEV, VHOST_QUEUES, WEIGHT};
 use super::text::{print_ethertype, print_masked_mac, print_protocol, print_tcp_flags};
 
 /// A resource without status.
@@ -125,6 +125,17 @@ fn vnic(spec: &Vnic) -> v1::Vnic {
     let attach = match &spec.attach {
         Attachment::Veth(name) => v1::attachment::Kind::Veth(name.clone()),
         Attachment::Tap(name) => v1::attachment::Kind::Tap(name.clone()),
+        Attachment::VhostUser(rings) => {
+            let mode = match rings.mode {
+                VhostMode::Server => v1::vhost_user_attachment::Mode::Server,
+                VhostMode::Client => v1::vhost_user_attachment::Mode::Client,
+            };
+            v1::attachment::Kind::VhostUser(v1::VhostUserAttachment {
+                path: rings.path.clone(),
+                mode: mode.into(),
+                queues: (rings.queues != VHOST_QUEUES).then(|| rings.queues.into()),
+            })
+        }
     };
     v1::Vnic {
         name: spec.name.clone(),

@@ -101,3 +101,26 @@ fn wrong_matches_say_where_and_what_to_do() {
         assert!(error.starts_with(place) && error.contains(remedy), "{matches}: {error}");
     }
 }
+
+#[test]
+fn rings_survive_messages_and_leave_out_what_is_usual() {
+    let read = |rings: &str| {
+        let yaml = format!(
+            "vnics: [{{name: vm1, switch: blue, mac: \"02:00:00:00:00:01\", attach: {{vhostUser: {rings}}}}}]"
+        );
+        config(&json::read_config(&yaml).expect("good YAML"))
+    };
+    for (spelling, canonical) in [
+        ("{path: /a}", r#"{"path":"/a"}"#),
+        ("{path: /a, mode: SERVER, queues: 1}", r#"{"path":"/a"}"#),
+        ("{path: /a, mode: CLIENT, queues: 4}", r#"{"mode":"CLIENT","path":"/a","queues":4}"#),
+    ] {
+        let specs = read(spelling).expect("good values");
+        let message = message(&specs);
+        assert_eq!(config(&message).as_ref(), Ok(&specs), "{spelling}");
+        let json = json::to_json(&message, "sluice.v1.Config");
+        let given: serde_json::Value = serde_json::from_str(canonical).expect("JSON");
+        assert_eq!(json["vnics"][0]["attach"]["vhostUser"], given, "{spelling}");
+    }
+    assert_eq!(read("{path: /a, mode: 7}").expect_err("no such mode")[0].field, "attach.vhostUser.mode");
+}

@@ -36,6 +36,7 @@ pub(super) fn ports(
                     let hooks: &[v1::Hook] = match report.hooks {
                         HooksInUse::Tcx => &[v1::Hook::Tcx],
                         HooksInUse::XdpAndTcx => &[v1::Hook::Xdp, v1::Hook::Tcx],
+                        HooksInUse::Userspace => &[],
                     };
                     status.hooks = hooks.iter().map(|hook| (*hook).into()).collect();
                 }
@@ -92,7 +93,8 @@ pub(super) fn resource(
     match entry.spec.as_ref() {
         Spec::AclGroup(_) => {}
         Spec::Vnic(vnic) => {
-            wanted.push((lower::vnic_port(&vnic.name), vnic.attach.netdev().to_owned()));
+            let netdev = vnic.attach.netdev().unwrap_or_default().to_owned();
+            wanted.push((lower::vnic_port(&vnic.name), netdev));
             // In switchdev mode its VF has a port too.
             let vf = ports.get(&lower::vf_port(&vnic.name));
             wanted.extend(vf.map(|port| (port.port.clone(), port.netdev.clone())));
@@ -106,6 +108,9 @@ pub(super) fn resource(
             if let Some(internal) = &switch.internal {
                 wanted.push((lower::internal_port(&switch.name), lower::internal_port_netdev(internal)));
             }
+            // Where guests' rings are served, the trunk to them.
+            let trunk = ports.get(&lower::user_port(&switch.name));
+            wanted.extend(trunk.map(|port| (port.port.clone(), port.netdev.clone())));
         }
     }
     let mut status = v1::Status { path, nic, ..v1::Status::default() };

@@ -11,7 +11,7 @@ use sluice_pipeline::tables::{PortStats, RuleStats, port_flag};
 use sluice_policy::image::{Binding, Image};
 use sluice_policy::lower::PortSpec;
 
-use super::{Adoption, DataPlane};
+use super::{Adoption, DataPlane, Wake};
 use crate::trace::LiveTrace;
 
 /// What the fake saw, and what it is to do.
@@ -129,4 +129,6 @@ impl DataPlane for FakeEngine {
     fn trace(&self, _ingress: u32, _frame: &[u8]) -> LiveTrace {
         LiveTrace::default()
     }
+
+    fn watch(&mut self, _wake: Wake) {}
 }

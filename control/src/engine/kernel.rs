@@ -9,7 +9,7 @@ use sluice_pipeline::tables::{PortStats, RuleStats};
 use sluice_policy::image::Image;
 use sluice_policy::lower::PortSpec;
 
-use super::{Adoption, DataPlane};
+use super::{Adoption, DataPlane, Wake};
 use crate::trace::{self, LiveTrace};
 
 /// The real engine, and what it found when it was opened.
@@ -103,4 +103,7 @@ impl DataPlane for KernelEngine {
     fn trace(&self, ingress: u32, frame: &[u8]) -> LiveTrace {
         trace::live(&self.engine.live_tables(), ingress, frame)
     }
+
+    /// Nothing but interfaces changes by itself.
+    fn watch(&mut self, _wake: Wake) {}
 }

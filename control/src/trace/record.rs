@@ -27,6 +27,18 @@ pub enum Step {
     OverRate(u32, Direction),
 }
 
+impl Step {
+    /// The port that it is about, where it is about one.
+    pub const fn port(&self) -> Option<u32> {
+        match self {
+            Step::Enter(_, port) | Step::Drop(port, _) | Step::Out(port) | Step::OverRate(port, _) => {
+                Some(*port)
+            }
+            Step::Rule(_) | Step::Learn => None,
+        }
+    }
+}
+
 /// What the pipeline did with a frame.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LiveTrace {

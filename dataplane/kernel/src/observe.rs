@@ -33,15 +33,19 @@ fn find<'a>(port: &PortSpec, links: &'a Links) -> Result<&'a Link, String> {
     {
         return Err(objection);
     }
+    if port.kind == PortSpecKind::VhostUser {
+        return Err("it is no interface: the userspace engine serves it".to_owned());
+    }
     let link = links.by_name(&port.netdev).ok_or_else(|| {
         format!("there is no interface {}; it is attached as soon as it appears", port.netdev)
     })?;
     let (fits, wanted) = match port.kind {
         PortSpecKind::Veth => (link.view.kind == "veth", "a veth"),
-        PortSpecKind::Tap => (link.view.kind == "tun", "a tap"),
-        PortSpecKind::Uplink | PortSpecKind::Representor | PortSpecKind::Internal { .. } => {
-            (true, "anything")
-        }
+        PortSpecKind::Tap | PortSpecKind::UserTap => (link.view.kind == "tun", "a tap"),
+        PortSpecKind::Uplink
+        | PortSpecKind::Representor
+        | PortSpecKind::Internal { .. }
+        | PortSpecKind::VhostUser => (true, "anything"),
     };
     if !fits {
         let kind = if link.view.kind.is_empty() { "a physical device" } else { &link.view.kind };

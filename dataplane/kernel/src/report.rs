@@ -188,6 +188,8 @@ pub enum HooksInUse {
     Tcx,
     /// XDP, with TCX behind it.
     XdpAndTcx,
+    /// No hook: the userspace engine serves the port.
+    Userspace,
 }
 
 /// A learnt address.

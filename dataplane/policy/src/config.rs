@@ -284,20 +284,44 @@ impl VfAttachment {
     }
 }
 
-/// The software attachment of a vNIC: the name of an interface that somebody else makes, and may make later.
+/// The software attachment of a vNIC: an interface that somebody else makes, and may make later, or a VMM's socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Attachment {
     /// The host's end of a veth pair.
     Veth(String),
     /// A tap.
     Tap(String),
+    /// The guest's rings, served by the userspace engine.
+    VhostUser(VhostUser),
+}
+
+/// How a guest is attached by vhost-user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VhostUser {
+    /// The unix socket.
+    pub path: String,
+    /// Who listens on it.
+    pub mode: VhostMode,
+    /// Most queue pairs that the guest may use. 1 unless told.
+    pub queues: u16,
+}
+
+/// Who listens on a vhost-user socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum VhostMode {
+    /// The daemon; the VMM connects.
+    #[default]
+    Server,
+    /// The VMM; the daemon connects, and tries until it can.
+    Client,
 }
 
 impl Attachment {
-    /// The interface's name.
-    pub fn netdev(&self) -> &str {
+    /// The interface's name, if it is one.
+    pub fn netdev(&self) -> Option<&str> {
         match self {
-            Attachment::Veth(name) | Attachment::Tap(name) => name,
+            Attachment::Veth(name) | Attachment::Tap(name) => Some(name),
+            Attachment::VhostUser(_) => None,
         }
     }
 }

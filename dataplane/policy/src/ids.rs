@@ -43,7 +43,7 @@ impl IdSpace {
 /// All numbers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ids {
-    /// Ports, by `vnic/NAME`, `uplink/SWITCH`, `internal/SWITCH`.
+    /// Ports, by `vnic/NAME`, `uplink/SWITCH`, `internal/SWITCH`, `user/SWITCH`.
     pub ports: IdSpace,
     /// Switches, by name.
     pub switches: IdSpace,

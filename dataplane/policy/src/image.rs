@@ -6,7 +6,7 @@ use sluice_pipeline::tables::{
     FloodChunk, FloodKey, IpGuardKey, MacKey, PortConfig, RuleKey, SwitchConfig, TrunkBitmap, Tuple,
 };
 
-use crate::config::Hook;
+use crate::config::{Hook, VhostUser};
 
 /// A port's interface as the kernel engine found it. What is absent is pending.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,13 +42,27 @@ pub struct Backing {
     pub in_use: bool,
 }
 
+/// What is behind a port, and so which engine serves it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Behind {
+    /// An interface: the kernel engine.
+    #[default]
+    Netdev,
+    /// A guest's rings: the userspace engine.
+    VhostUser(VhostUser),
+    /// The trunk between the two, a port of both.
+    UserTap,
+}
+
 /// A port's entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortImage {
     /// Its name in [`Ids::ports`](crate::ids::Ids::ports).
     pub name: String,
-    /// The interface that it is, or will be, bound to.
+    /// The interface that it is, or will be, bound to; empty if it is none.
     pub netdev: String,
+    /// What is behind it.
+    pub behind: Behind,
     /// Wanted hook.
     pub hook: Hook,
     /// The other end is known to send full checksums.

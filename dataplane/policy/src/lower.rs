@@ -10,6 +10,9 @@
 mod acl;
 mod flood;
 mod port;
+mod split;
+
+use std::collections::BTreeSet;
 
 use sluice_pipeline::tables::{
     MacKey, PORTS_MAX, RULES_MAX, SWITCHES_MAX, SwitchConfig, mac_word, port_flag,
@@ -22,6 +25,7 @@ use crate::net::MacAddr;
 
 pub use acl::{Expansion, expand, rule_name};
 pub use port::{effective_ip_guard, internal_mac, learn_limit, link_local};
+pub use split::{Split, split};
 
 /// Why a configuration cannot be lowered.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -72,6 +76,10 @@ pub enum PortSpecKind {
     Uplink,
     /// A VF's representor.
     Representor,
+    /// The trunk between the kernel engine and the userspace engine, which the latter makes.
+    UserTap,
+    /// A guest's rings, which the userspace engine serves: no interface.
+    VhostUser,
     /// The host's interface on a switch, which the engine makes.
     Internal {
         /// Address of the host's end.
@@ -84,7 +92,7 @@ pub enum PortSpecKind {
 pub struct PortSpec {
     /// Name in [`Ids::ports`].
     pub name: String,
-    /// The interface. For an internal port, the switch's end (see [`internal_port_netdev`]).
+    /// The interface. For an internal port, the switch's end (see [`internal_port_netdev`]); empty if it is none.
     pub netdev: String,
     /// What it is.
     pub kind: PortSpecKind,
@@ -114,6 +122,16 @@ pub fn internal_port(switch: &str) -> String {
     format!("internal/{switch}")
 }
 
+/// Name of the port that joins the two engines on a switch, in [`Ids::ports`].
+pub fn user_port(switch: &str) -> String {
+    format!("user/{switch}")
+}
+
+/// The tap that joins the two engines on a switch.
+pub fn user_tap_netdev(switch: &str) -> String {
+    format!("slu-{:010x}", acl::fnv1a(switch.as_bytes()) & 0xff_ffff_ffff)
+}
+
 /// Key of a shared group in [`Ids::groups`].
 pub fn shared_group(group: &str) -> String {
     format!("group/{group}")
@@ -138,6 +156,7 @@ pub fn ports(config: &Config) -> Vec<PortSpec> {
 /// representor.
 pub fn ports_with(config: &Config, backings: &Backings) -> Vec<PortSpec> {
     let mut specs = Vec::with_capacity(config.vnics.len() + config.switches.len() * 2);
+    let joined = joined(config);
     for switch in &config.switches {
         if let Some(uplink) = &switch.uplink {
             specs.push(PortSpec {
@@ -157,6 +176,15 @@ pub fn ports_with(config: &Config, backings: &Backings) -> Vec<PortSpec> {
                 full_checksums: false,
             });
         }
+        if joined.contains(switch.name.as_str()) {
+            specs.push(PortSpec {
+                name: user_port(&switch.name),
+                netdev: user_tap_netdev(&switch.name),
+                kind: PortSpecKind::UserTap,
+                hook: Hook::Tcx,
+                full_checksums: false,
+            });
+        }
     }
     for vnic in &config.vnics {
         specs.push(vnic_spec(vnic));
@@ -171,6 +199,12 @@ pub fn ports_with(config: &Config, backings: &Backings) -> Vec<PortSpec> {
     specs
 }
 
+/// Switches that both engines serve.
+fn joined(config: &Config) -> BTreeSet<&str> {
+    let served = config.vnics.iter().filter(|vnic| matches!(vnic.attach, Attachment::VhostUser(_)));
+    served.map(|vnic| vnic.switch.as_str()).collect()
+}
+
 /// The representor of the VF that a vNIC has, in switchdev mode.
 fn representor<'a>(vnic: &Vnic, backings: &'a Backings) -> Option<&'a str> {
     backings.vnics.get(&vnic.name)?.representor.as_deref()
@@ -179,10 +213,11 @@ fn representor<'a>(vnic: &Vnic, backings: &'a Backings) -> Option<&'a str> {
 fn vnic_spec(vnic: &Vnic) -> PortSpec {
     PortSpec {
         name: vnic_port(&vnic.name),
-        netdev: vnic.attach.netdev().to_owned(),
+        netdev: vnic.attach.netdev().unwrap_or_default().to_owned(),
         kind: match vnic.attach {
             Attachment::Veth(_) => PortSpecKind::Veth,
             Attachment::Tap(_) => PortSpecKind::Tap,
+            Attachment::VhostUser(_) => PortSpecKind::VhostUser,
         },
         hook: vnic.hook,
         full_checksums: vnic.full_checksums,
@@ -237,7 +272,7 @@ pub fn lower(config: &Config, ids: &Ids, bindings: &Bindings) -> Result<Image, L
     lower_with(config, ids, bindings, &Backings::default())
 }
 
-/// Makes the tables of a host.
+/// Makes the tables of a host, as if one engine served every port; [`split`] makes each engine's of them.
 ///
 /// Ports without a binding are pending: their configuration and static addresses are there, so that frames to them
 /// are dropped as `DestinationDown` and not flooded, but nothing is sent to them.
@@ -251,8 +286,15 @@ pub fn lower_with(
     backings: &Backings,
 ) -> Result<Image, LowerError> {
     let mut image = Image { groups: acl::lower_groups(config, ids)?, ..Image::default() };
+    let joined = joined(config);
     for switch in &config.switches {
         lower_switch(switch, ids, bindings, backings, &mut image)?;
+        if joined.contains(switch.name.as_str()) {
+            let id = number(&ids.ports, "port", &user_port(&switch.name))?;
+            let mut port = port::user_tap(&switch.name, number(&ids.switches, "switch", &switch.name)?);
+            port::bind(&mut port, id, bindings, &mut image);
+            image.ports.insert(id, port);
+        }
     }
     for vnic in &config.vnics {
         let switch = number(&ids.switches, "switch", &vnic.switch)?;

@@ -13,7 +13,7 @@ use sluice_pipeline::tables::{
     IP_GUARD_MAX, PORTS_MAX, RULE_ENTRIES_MAX, RULES_MAX, SWITCHES_MAX, VNIC_MACS_MAX,
 };
 
-use crate::config::{Config, Vnic};
+use crate::config::{Attachment, Config, Vnic};
 use crate::lower;
 use crate::net::MacAddr;
 
@@ -21,6 +21,10 @@ use crate::net::MacAddr;
 pub const NAME_MAX: usize = 63;
 /// Longest name of a network interface, in bytes (the kernel's `IFNAMSIZ` less the final zero).
 pub const NETDEV_MAX: usize = 15;
+/// Longest path of a unix socket, in bytes (the kernel's `sun_path` less the final zero).
+pub const SOCKET_PATH_MAX: usize = 107;
+/// Fewest and most queue pairs of a vhost-user vNIC.
+pub const VHOST_QUEUES: std::ops::RangeInclusive<u16> = 1..=16;
 /// Most IP guard addresses of one vNIC.
 pub const IP_GUARDS_PER_VNIC: usize = 64;
 /// Highest priority of an ACL rule.
@@ -88,6 +92,7 @@ pub fn validate(config: &Config) -> Result<(), Vec<Violation>> {
     check.vnics();
     check.addresses();
     check.netdevs();
+    check.sockets();
     check.limits();
     if check.violations.is_empty() { Ok(()) } else { Err(check.violations) }
 }
@@ -213,9 +218,19 @@ impl Check<'_> {
                 claims.push((lower::internal_port_netdev(internal), resource, "internal.netdev"));
             }
         }
+        let mut joined = BTreeSet::new();
         for vnic in &self.config.vnics {
             let resource = format!("vnics/{}", vnic.name);
-            claims.push((vnic.attach.netdev().to_owned(), resource, port::attach_field(&vnic.attach)));
+            let field = port::attach_field(&vnic.attach);
+            match &vnic.attach {
+                Attachment::Veth(netdev) | Attachment::Tap(netdev) => {
+                    claims.push((netdev.clone(), resource, field));
+                }
+                Attachment::VhostUser(_) if joined.insert(vnic.switch.as_str()) => {
+                    claims.push((lower::user_tap_netdev(&vnic.switch), resource, field));
+                }
+                Attachment::VhostUser(_) => {}
+            }
         }
         let mut owners: BTreeMap<String, String> = BTreeMap::new();
         for (netdev, resource, field) in claims {
@@ -229,6 +244,25 @@ impl Check<'_> {
             } else {
                 owners.insert(netdev, resource);
             }
+        }
+    }
+
+    /// A socket is one port.
+    fn sockets(&mut self) {
+        let mut owners: BTreeMap<&str, &str> = BTreeMap::new();
+        for vnic in &self.config.vnics {
+            let Attachment::VhostUser(rings) = &vnic.attach else { continue };
+            if rings.path.is_empty() {
+                continue; // reported where the field is checked
+            }
+            let Some(owner) = owners.get(rings.path.as_str()) else {
+                owners.insert(&rings.path, &vnic.name);
+                continue;
+            };
+            let message =
+                format!("socket {} is already used by vnics/{owner}; give each vNIC its own", rings.path);
+            let resource = format!("vnics/{}", vnic.name);
+            self.report(ViolationCode::Duplicate, &resource, "attach.vhostUser.path", message);
         }
     }
 

@@ -7,9 +7,9 @@ use sluice_pipeline::tables::{
     TrunkBitmap, Vlan, acl_action, mac_word, port_flag, port_kind, vlan_mode,
 };
 
-use crate::config::{Hook, Internal, Policy, Rate, Switch, Uplink, VlanMode, Vnic};
-use crate::image::{Bindings, Image, PortImage};
-use crate::lower::{internal_port, internal_port_netdev, uplink_port, vnic_port};
+use crate::config::{Attachment, Hook, Internal, Policy, Rate, Switch, Uplink, VlanMode, Vnic};
+use crate::image::{Behind, Bindings, Image, PortImage};
+use crate::lower::{internal_port, internal_port_netdev, uplink_port, user_port, user_tap_netdev, vnic_port};
 use crate::net::{MacAddr, VlanId, VlanRange};
 
 /// Addresses learnt from a trunk vNIC that may spoof, unless its policy says otherwise.
@@ -63,6 +63,7 @@ pub(super) fn uplink(switch_name: &str, uplink: &Uplink, switch: u32) -> PortIma
         full_checksums: uplink.full_checksums,
         config,
         trunk,
+        behind: Behind::Netdev,
         is_filtered: false,
         is_standby: false,
     }
@@ -82,7 +83,28 @@ pub(super) fn internal(switch: &Switch, internal: &Internal, switch_id: u32) -> 
         full_checksums: false,
         config,
         trunk,
+        behind: Behind::Netdev,
         is_filtered: false,
+        is_standby: false,
+    }
+}
+
+/// The trunk to the userspace engine: carries everything, and gets what that engine may know the way of. What is behind it
+/// is in the table of static addresses, or is for that engine to learn.
+pub(super) fn user_tap(switch_name: &str, switch: u32) -> PortImage {
+    let mut config = blank(port_kind::UPLINK, switch);
+    config.flags = port_flag::UP | port_flag::UNKNOWN_UNICAST;
+    config.vlan_mode = vlan_mode::ALL;
+    PortImage {
+        name: user_port(switch_name),
+        netdev: user_tap_netdev(switch_name),
+        behind: Behind::UserTap,
+        hook: Hook::Tcx,
+        full_checksums: false,
+        config,
+        trunk: [0; 64],
+        // A tap receives what it is given, whatever its address.
+        is_filtered: true,
         is_standby: false,
     }
 }
@@ -110,7 +132,11 @@ pub(super) fn vnic(vnic: &Vnic, switch: u32, acl: [AclConfig; 2]) -> PortImage {
     let trunk = apply_vlan_mode(&mut config, &policy.vlan);
     PortImage {
         name: vnic_port(&vnic.name),
-        netdev: vnic.attach.netdev().to_owned(),
+        netdev: vnic.attach.netdev().unwrap_or_default().to_owned(),
+        behind: match &vnic.attach {
+            Attachment::Veth(_) | Attachment::Tap(_) => Behind::Netdev,
+            Attachment::VhostUser(rings) => Behind::VhostUser(rings.clone()),
+        },
         hook: vnic.hook,
         full_checksums: vnic.full_checksums,
         config,
@@ -127,6 +153,7 @@ pub(super) fn representor(software: &PortImage, name: String, netdev: &str) -> P
         netdev: netdev.to_owned(),
         hook: Hook::Tcx,
         full_checksums: false,
+        behind: Behind::Netdev,
         ..software.clone()
     };
     // What `bind` enters is the software attachment's.
@@ -144,8 +171,11 @@ pub(super) fn bind(port: &mut PortImage, id: u32, bindings: &Bindings, image: &m
     let Some(binding) = bindings.get(&port.name) else {
         return;
     };
-    config.ifindex = binding.ifindex;
     config.flags |= port_flag::ATTACHED;
+    if matches!(port.behind, Behind::VhostUser(_)) {
+        return; // nothing that the kernel knows
+    }
+    config.ifindex = binding.ifindex;
     set(config, port_flag::PEER_REDIRECT, binding.peer_redirect);
     set(config, port_flag::XDP_TARGET, binding.xdp_target);
     image.ifindexes.insert(binding.ifindex, id);

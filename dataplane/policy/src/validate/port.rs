@@ -6,9 +6,10 @@ use std::net::IpAddr;
 use sluice_pipeline::tables::{FDB_MAX, PORT_GROUPS_MAX, PORT_MACS_MAX};
 
 use super::{
-    AGEING_SECONDS, Check, IP_GUARDS_PER_VNIC, NETDEV_MAX, RATE_BPS, RATE_BURST_BYTES, ViolationCode,
+    AGEING_SECONDS, Check, IP_GUARDS_PER_VNIC, NETDEV_MAX, RATE_BPS, RATE_BURST_BYTES, SOCKET_PATH_MAX,
+    VHOST_QUEUES, ViolationCode,
 };
-use crate::config::{Attachment, Rate, Switch, VfAttachment, VlanMode, Vnic};
+use crate::config::{Attachment, Hook, Rate, Switch, VfAttachment, VhostUser, VlanMode, Vnic};
 use crate::net::{MacAddr, VlanRange};
 
 /// The field that names a vNIC's interface.
@@ -16,6 +17,7 @@ pub(super) const fn attach_field(attach: &Attachment) -> &'static str {
     match attach {
         Attachment::Veth(_) => "attach.veth",
         Attachment::Tap(_) => "attach.tap",
+        Attachment::VhostUser(_) => "attach.vhostUser",
     }
 }
 
@@ -55,7 +57,12 @@ impl Check<'_> {
             );
             self.report(ViolationCode::NotFound, &resource, "switch", message);
         }
-        self.netdev(&resource, attach_field(&vnic.attach), vnic.attach.netdev(), NETDEV_MAX);
+        match &vnic.attach {
+            Attachment::Veth(netdev) | Attachment::Tap(netdev) => {
+                self.netdev(&resource, attach_field(&vnic.attach), netdev, NETDEV_MAX);
+            }
+            Attachment::VhostUser(rings) => self.vhost_user(&resource, vnic, rings),
+        }
         self.mac(&resource, "mac", vnic.mac);
         for (index, mac) in vnic.extra_macs.iter().enumerate() {
             self.mac(&resource, &format!("extraMacs[{index}]"), *mac);
@@ -98,6 +105,35 @@ impl Check<'_> {
             self.report(ViolationCode::Limit, &resource, "policy.acl.groups", message);
         }
         self.rules(&resource, "policy.acl.rules", &policy.acl.rules);
+    }
+
+    fn vhost_user(&mut self, resource: &str, vnic: &Vnic, rings: &VhostUser) {
+        let path = &rings.path;
+        if path.is_empty() {
+            let message = "the path of a socket is needed, as in /run/sluice/vm1.sock";
+            self.report(ViolationCode::Missing, resource, "attach.vhostUser.path", message);
+        } else if !path.starts_with('/') || path.ends_with('/') || path.contains('\0') {
+            let message =
+                format!("`{path}` is not the absolute path of a socket; use one like /run/sluice/vm1.sock");
+            self.report(ViolationCode::Invalid, resource, "attach.vhostUser.path", message);
+        } else if path.len() > SOCKET_PATH_MAX {
+            let message =
+                format!("the path has {} bytes; the kernel takes at most {SOCKET_PATH_MAX}", path.len());
+            self.report(ViolationCode::OutOfRange, resource, "attach.vhostUser.path", message);
+        }
+        if !VHOST_QUEUES.contains(&rings.queues) {
+            let (low, high) = (VHOST_QUEUES.start(), VHOST_QUEUES.end());
+            let message = format!("{} queues are out of range; use {low} to {high}", rings.queues);
+            self.report(ViolationCode::OutOfRange, resource, "attach.vhostUser.queues", message);
+        }
+        if vnic.hook == Hook::Xdp {
+            let message = "a vhost-user vNIC is served in user space, where there is no hook; leave hook out";
+            self.report(ViolationCode::Conflict, resource, "hook", message);
+        }
+        if vnic.sriov.is_some() {
+            let message = "a vhost-user vNIC cannot have a VF; attach it by tap or veth, or leave sriov out";
+            self.report(ViolationCode::Conflict, resource, "sriov", message);
+        }
     }
 
     fn sriov(&mut self, resource: &str, vnic: &Vnic) {

@@ -3,7 +3,7 @@ use std::net::IpAddr;
 use super::*;
 use crate::config::{
     AclAction, AclGroup, AclMatch, AclRule, Attachment, Direction, Hook, Internal, Masked, Policy, Rate,
-    Switch, Uplink, VlanMode, Vnic,
+    Switch, Uplink, VhostMode, VhostUser, VlanMode, Vnic,
 };
 use crate::net::VlanId;
 
@@ -152,6 +152,63 @@ fn interfaces_are_named_well_and_used_once() {
     expect(
         |config| config.switches[0].uplink.as_mut().expect("one").netdev = "host0".into(),
         &[("switches/blue", "internal.netdev", Duplicate)],
+    );
+}
+
+#[test]
+fn rings_have_a_socket_of_their_own() {
+    let rings = |path: &str, queues| {
+        Attachment::VhostUser(VhostUser { path: path.into(), mode: VhostMode::Server, queues })
+    };
+    expect(
+        |config| {
+            config.vnics[0].attach = rings("/run/vm1", 1);
+            config.vnics[1].attach = rings("/run/vm2", 16);
+        },
+        &[],
+    );
+    for (path, code) in [
+        ("", Missing),
+        ("run/vm1", Invalid),
+        ("/run/", Invalid),
+        ("/run/\0", Invalid),
+        (&format!("/{}", "x".repeat(107)), OutOfRange),
+    ] {
+        expect(
+            |config| config.vnics[0].attach = rings(path, 1),
+            &[("vnics/vm1", "attach.vhostUser.path", code)],
+        );
+    }
+    expect(|config| config.vnics[0].attach = rings(&format!("/{}", "x".repeat(106)), 1), &[]);
+    for queues in [0, 17] {
+        expect(
+            |config| config.vnics[0].attach = rings("/run/vm1", queues),
+            &[("vnics/vm1", "attach.vhostUser.queues", OutOfRange)],
+        );
+    }
+    expect(
+        |config| {
+            config.vnics[0].attach = rings("/run/vm", 1);
+            config.vnics[1].attach = rings("/run/vm", 1);
+        },
+        &[("vnics/vm2", "attach.vhostUser.path", Duplicate)],
+    );
+    expect(
+        |config| {
+            config.vnics[0].attach = rings("/run/vm1", 1);
+            config.vnics[0].hook = Hook::Xdp;
+            let attach = crate::config::VfAttachment::External { driver: None };
+            config.vnics[0].sriov = Some(crate::config::Sriov { weight: 50, attach });
+        },
+        &[("vnics/vm1", "hook", Conflict), ("vnics/vm1", "sriov", Conflict)],
+    );
+    // The trunk is an interface too, and there is one for each switch.
+    expect(
+        |config| {
+            config.vnics[0].attach = Attachment::Tap(lower::user_tap_netdev("blue"));
+            config.vnics[1].attach = rings("/run/vm2", 1);
+        },
+        &[("vnics/vm2", "attach.vhostUser", Duplicate)],
     );
 }
 

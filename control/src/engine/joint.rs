@@ -1,0 +1,220 @@
+//! Two engines as one [`DataPlane`]: the kernel engine, and the userspace engine for vNICs attached by vhost-user.
+//!
+//! On a switch that both serve they are joined by a tap, a port of each (see [`lower::split`]). Each port is asked about where it
+//! is served; numbers are unique over both, so what is summed up is never counted twice.
+
+use std::collections::BTreeMap;
+
+use sluice_kernel::{EngineError, FdbRow, FdbSweep, Observation, PortStatus, SyncReport};
+use sluice_pipeline::DropReason;
+use sluice_pipeline::tables::{PortStats, RuleStats};
+use sluice_policy::image::{Behind, Binding, Image};
+use sluice_policy::lower::{self, PortSpec, PortSpecKind};
+
+use super::{Adoption, DataPlane, Wake};
+use crate::trace::{LiveTrace, Step};
+
+/// What a sync of the userspace engine did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UserReport {
+    /// What was opened or closed, one line each; none on a second pass.
+    pub changes: Vec<String>,
+    /// State of every vhost-user port of the image, by name.
+    pub ports: BTreeMap<String, PortStatus>,
+}
+
+/// What the joint engine needs of the userspace engine. Nothing here fails as a whole: what concerns one port is in its
+/// status.
+pub trait UserPlane {
+    /// Makes the taps of these ports, unless they are there, and removes all others. Says what was done.
+    fn ensure_taps(&mut self, ports: &[&PortSpec]) -> Vec<String>;
+    /// Why a tap is not there.
+    fn trouble(&self, netdev: &str) -> Option<String>;
+    /// Whether a vhost-user port is open for its guest.
+    fn is_open(&self, port: &str) -> bool;
+    /// Makes tables and open ports equal to the image.
+    fn sync(&mut self, image: &Image) -> UserReport;
+    /// Forgets learnt addresses that are too old.
+    fn age_fdb(&mut self);
+    /// Learnt addresses.
+    fn fdb(&self) -> Vec<FdbRow>;
+    /// Counters of a port.
+    fn port_stats(&self, port: u32) -> PortStats;
+    /// Drops on a port that are not zero.
+    fn drops(&self, port: u32) -> Vec<(DropReason, u64)>;
+    /// A rule's counters.
+    fn rule_stats(&self, counter: u32) -> RuleStats;
+    /// Takes a frame through the tables, without any side effect.
+    fn trace(&self, ingress: u32, frame: &[u8]) -> LiveTrace;
+    /// From now on tells `wake` of guests that come and go.
+    fn watch(&mut self, wake: Wake);
+}
+
+/// Who serves a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Server {
+    Kernel,
+    User,
+    /// The trunk.
+    Both,
+}
+
+/// Both engines.
+#[derive(Debug)]
+pub struct JointEngine<K, U> {
+    kernel: K,
+    user: U,
+    /// By port, as of the last sync.
+    servers: BTreeMap<u32, Server>,
+}
+
+impl<K: DataPlane, U: UserPlane> JointEngine<K, U> {
+    /// Joins two engines.
+    pub fn new(kernel: K, user: U) -> Self {
+        JointEngine { kernel, user, servers: BTreeMap::new() }
+    }
+
+    fn server(&self, port: u32) -> Server {
+        self.servers.get(&port).copied().unwrap_or(Server::Kernel)
+    }
+
+    fn is_trunk(&self, port: u32) -> bool {
+        self.server(port) == Server::Both
+    }
+}
+
+/// The ports that are interfaces.
+fn netdevs(ports: &[PortSpec]) -> Vec<PortSpec> {
+    ports.iter().filter(|port| port.kind != PortSpecKind::VhostUser).cloned().collect()
+}
+
+impl<K: DataPlane, U: UserPlane> DataPlane for JointEngine<K, U> {
+    fn adoption(&self) -> Adoption {
+        self.kernel.adoption()
+    }
+
+    fn observe(&self, ports: &[PortSpec]) -> Result<Observation, EngineError> {
+        let mut observation = self.kernel.observe(&netdevs(ports))?;
+        for port in ports {
+            match port.kind {
+                PortSpecKind::VhostUser if self.user.is_open(&port.name) => {
+                    observation.bindings.insert(port.name.clone(), Binding::default());
+                }
+                PortSpecKind::UserTap => {
+                    // Better than that it is not there: why not.
+                    if let Some(trouble) = self.user.trouble(&port.netdev) {
+                        observation.absent.insert(port.name.clone(), trouble);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(observation)
+    }
+
+    fn ensure_internal(&mut self, ports: &[PortSpec]) -> Result<Vec<String>, EngineError> {
+        let taps: Vec<&PortSpec> = ports.iter().filter(|port| port.kind == PortSpecKind::UserTap).collect();
+        let mut done = self.user.ensure_taps(&taps);
+        done.extend(self.kernel.ensure_internal(&netdevs(ports))?);
+        Ok(done)
+    }
+
+    fn sync(&mut self, image: &Image) -> Result<SyncReport, EngineError> {
+        let parts = lower::split(image);
+        let server = |behind: &Behind| match behind {
+            Behind::Netdev => Server::Kernel,
+            Behind::VhostUser(_) => Server::User,
+            Behind::UserTap => Server::Both,
+        };
+        self.servers = image.ports.iter().map(|(id, port)| (*id, server(&port.behind))).collect();
+        // A guest's policy is in force before the kernel sends it anything, and after it has ceased to.
+        let UserReport { changes, ports } = self.user.sync(&parts.user);
+        let mut report = self.kernel.sync(&parts.kernel)?;
+        report.observe_again |= !changes.is_empty();
+        report.link_changes.extend(changes);
+        report.ports.extend(ports);
+        Ok(report)
+    }
+
+    fn repair(&mut self) -> Result<Vec<String>, EngineError> {
+        self.kernel.repair()
+    }
+
+    fn age_fdb(&mut self) -> Result<FdbSweep, EngineError> {
+        self.user.age_fdb();
+        self.kernel.age_fdb()
+    }
+
+    /// What the userspace engine knows behind the trunk, the kernel engine knows better.
+    fn fdb(&self) -> Result<Vec<FdbRow>, EngineError> {
+        let mut rows = self.kernel.fdb()?;
+        rows.extend(self.user.fdb().into_iter().filter(|row| self.server(row.port) == Server::User));
+        Ok(rows)
+    }
+
+    /// Those of a trunk are the kernel's: both count the same frames.
+    fn port_stats(&self, port: u32) -> Result<PortStats, EngineError> {
+        match self.server(port) {
+            Server::User => Ok(self.user.port_stats(port)),
+            Server::Kernel | Server::Both => self.kernel.port_stats(port),
+        }
+    }
+
+    fn drops(&self, port: u32) -> Result<Vec<(DropReason, u64)>, EngineError> {
+        let server = self.server(port);
+        if server == Server::User {
+            return Ok(self.user.drops(port));
+        }
+        let mut drops = self.kernel.drops(port)?;
+        if server == Server::Both {
+            for (reason, count) in self.user.drops(port) {
+                match drops.iter_mut().find(|(known, _)| *known == reason) {
+                    Some((_, sum)) => *sum += count,
+                    None => drops.push((reason, count)),
+                }
+            }
+        }
+        Ok(drops)
+    }
+
+    fn rule_stats(&self, counters: &[u32]) -> Result<Vec<RuleStats>, EngineError> {
+        let mut stats = self.kernel.rule_stats(counters)?;
+        for (sum, counter) in stats.iter_mut().zip(counters) {
+            let more = self.user.rule_stats(*counter);
+            sum.packets += more.packets;
+            sum.bytes += more.bytes;
+        }
+        Ok(stats)
+    }
+
+    /// As if one engine served all ports: what happens on a trunk is left out.
+    fn trace(&self, ingress: u32, frame: &[u8]) -> LiveTrace {
+        let from_user = self.server(ingress) == Server::User;
+        let ask = |user: bool, port: u32, frame: &[u8]| {
+            if user { self.user.trace(port, frame) } else { self.kernel.trace(port, frame) }
+        };
+        let mut all = ask(from_user, ingress, frame);
+        let (crossing, stay): (Vec<_>, Vec<_>) =
+            all.frames.into_iter().partition(|(port, _)| self.is_trunk(*port));
+        all.frames = stay;
+        for (trunk, bytes) in &crossing {
+            let other = ask(!from_user, *trunk, bytes);
+            all.frames.extend(other.frames);
+            // It learns that the sender is behind the trunk, which is nobody's news.
+            all.steps.extend(other.steps.into_iter().filter(|step| *step != Step::Learn));
+        }
+        all.steps.retain(|step| !step.port().is_some_and(|port| self.is_trunk(port)));
+        let is_dropped = all.steps.iter().any(|step| matches!(step, Step::Drop(..)));
+        if !crossing.is_empty() && all.frames.is_empty() && !is_dropped {
+            all.steps.push(Step::Drop(ingress, DropReason::NoDestination));
+        }
+        all
+    }
+
+    fn watch(&mut self, wake: Wake) {
+        self.user.watch(wake);
+    }
+}
+
+#[cfg(test)]
+mod tests;

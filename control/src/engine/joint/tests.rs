@@ -1,0 +1,201 @@
+use std::sync::{Mutex, PoisonError};
+
+use sluice_kernel::{HooksInUse, PortState};
+use sluice_pipeline::Vlan;
+use sluice_policy::ids::Ids;
+use sluice_policy::image::Bindings;
+use sluice_policy::net::MacAddr;
+
+use super::*;
+use crate::engine::fake::FakeEngine;
+use crate::json;
+
+const YAML: &str = r#"
+switches: [{name: blue}]
+vnics:
+- {name: vm1, switch: blue, attach: {tap: tap1}, mac: "02:00:00:00:00:01"}
+- {name: vm2, switch: blue, attach: {vhostUser: {path: /run/vm2}}, mac: "02:00:00:00:00:02"}
+"#;
+
+/// What the fake saw, and what it is to answer.
+#[derive(Default)]
+struct World {
+    taps: Vec<String>,
+    image: Image,
+    changes: Vec<String>,
+    is_open: bool,
+    trouble: Option<String>,
+    fdb: Vec<FdbRow>,
+    frames: Vec<(u32, Vec<u8>)>,
+    traced: Vec<u32>,
+}
+
+/// A userspace engine that counts 100 of everything.
+#[derive(Default)]
+struct FakeUser(Mutex<World>);
+
+impl FakeUser {
+    fn with<T>(&self, look: impl FnOnce(&mut World) -> T) -> T {
+        look(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl UserPlane for FakeUser {
+    fn ensure_taps(&mut self, ports: &[&PortSpec]) -> Vec<String> {
+        let names: Vec<String> = ports.iter().map(|port| port.netdev.clone()).collect();
+        self.with(|world| world.taps = names);
+        vec!["taps".to_owned()]
+    }
+
+    fn trouble(&self, _netdev: &str) -> Option<String> {
+        self.with(|world| world.trouble.clone())
+    }
+
+    fn is_open(&self, _port: &str) -> bool {
+        self.with(|world| world.is_open)
+    }
+
+    fn sync(&mut self, image: &Image) -> UserReport {
+        self.with(|world| {
+            world.image = image.clone();
+            let state = PortState::Pending { reason: "no guest".to_owned() };
+            let status = PortStatus { ifindex: None, state, hooks: HooksInUse::Userspace, notes: Vec::new() };
+            let is_rings = |behind: &Behind| matches!(behind, Behind::VhostUser(_));
+            let names = image.ports.values().filter(|port| is_rings(&port.behind)).map(|port| &port.name);
+            let ports = names.map(|name| (name.clone(), status.clone())).collect();
+            UserReport { changes: std::mem::take(&mut world.changes), ports }
+        })
+    }
+
+    fn age_fdb(&mut self) {}
+
+    fn fdb(&self) -> Vec<FdbRow> {
+        self.with(|world| world.fdb.clone())
+    }
+
+    fn port_stats(&self, _port: u32) -> PortStats {
+        PortStats { rx_packets: 100, ..PortStats::default() }
+    }
+
+    fn drops(&self, _port: u32) -> Vec<(DropReason, u64)> {
+        vec![(DropReason::MacGuard, 100)]
+    }
+
+    fn rule_stats(&self, counter: u32) -> RuleStats {
+        RuleStats { packets: 100 + u64::from(counter), bytes: 1 }
+    }
+
+    fn trace(&self, ingress: u32, _frame: &[u8]) -> LiveTrace {
+        self.with(|world| {
+            world.traced.push(ingress);
+            LiveTrace { steps: vec![Step::Learn, Step::Out(ingress)], frames: world.frames.clone() }
+        })
+    }
+
+    fn watch(&mut self, _wake: Wake) {}
+}
+
+struct Bench {
+    engine: JointEngine<FakeEngine, FakeUser>,
+    kernel: FakeEngine,
+    ids: Ids,
+    ports: Vec<PortSpec>,
+    config: sluice_policy::config::Config,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let specs =
+            crate::convert::config(&json::read_config(YAML).expect("good YAML")).expect("good values");
+        let config = crate::convert::collect(&specs);
+        let mut ids = Ids::default();
+        lower::assign_ids(&config, &mut ids).expect("numbers");
+        let ports = lower::ports(&config);
+        let kernel = FakeEngine::with_netdevs(&["tap1", &lower::user_tap_netdev("blue")]);
+        let engine = JointEngine::new(kernel.clone(), FakeUser::default());
+        Bench { engine, kernel, ids, ports, config }
+    }
+
+    fn id(&self, port: &str) -> u32 {
+        self.ids.ports.get(port).expect("it has a number")
+    }
+
+    fn sync(&mut self, bindings: &Bindings) -> SyncReport {
+        let image = lower::lower(&self.config, &self.ids, bindings).expect("an image");
+        self.engine.sync(&image).expect("fakes do not fail")
+    }
+}
+
+#[test]
+fn each_engine_has_its_own_part() {
+    let mut bench = Bench::new();
+    bench.engine.user.with(|world| world.changes = vec!["opened".to_owned()]);
+    let observation = bench.engine.observe(&bench.ports).expect("fakes do not fail");
+    let report = bench.sync(&observation.bindings);
+    let (vm1, vm2, trunk) = (bench.id("vnic/vm1"), bench.id("vnic/vm2"), bench.id("user/blue"));
+    let kernel: Vec<u32> = bench.kernel.world().image.ports.keys().copied().collect();
+    assert!(kernel.contains(&vm1) && kernel.contains(&trunk) && !kernel.contains(&vm2), "{kernel:?}");
+    let user: Vec<u32> = bench.engine.user.with(|world| world.image.ports.keys().copied().collect());
+    assert!(!user.contains(&vm1) && user.contains(&trunk) && user.contains(&vm2), "{user:?}");
+    assert_eq!(report.ports.len(), 3, "{:?}", report.ports);
+    assert_eq!(report.ports["vnic/vm2"].hooks, HooksInUse::Userspace);
+    assert!(report.observe_again, "what was opened is to be observed");
+    assert!(report.link_changes.contains(&"opened".to_owned()));
+    assert!(!bench.sync(&observation.bindings).observe_again, "nothing more was opened");
+}
+
+#[test]
+fn rings_are_no_interface_and_trunks_are_made() {
+    let mut bench = Bench::new();
+    let done = bench.engine.ensure_internal(&bench.ports.clone()).expect("fakes do not fail");
+    assert_eq!(done, ["taps"]);
+    assert_eq!(bench.engine.user.with(|world| world.taps.clone()), [lower::user_tap_netdev("blue")]);
+    let look = |bench: &Bench| bench.engine.observe(&bench.ports).expect("fakes do not fail");
+    let closed = look(&bench);
+    assert!(!closed.bindings.contains_key("vnic/vm2") && !closed.absent.contains_key("vnic/vm2"));
+    bench.engine.user.with(|world| world.is_open = true);
+    assert!(look(&bench).bindings.contains_key("vnic/vm2"));
+    bench.engine.user.with(|world| world.trouble = Some("no module".to_owned()));
+    assert_eq!(look(&bench).absent["user/blue"], "no module");
+}
+
+#[test]
+fn whoever_serves_a_port_answers_for_it() {
+    let mut bench = Bench::new();
+    bench.sync(&Bindings::new());
+    let (vm1, vm2, trunk) = (bench.id("vnic/vm1"), bench.id("vnic/vm2"), bench.id("user/blue"));
+    let engine = &bench.engine;
+    let received = |port| engine.port_stats(port).expect("fakes do not fail").rx_packets;
+    assert_eq!([received(vm1), received(vm2), received(trunk)], [0, 100, 0]);
+    let dropped = |port| engine.drops(port).expect("fakes do not fail");
+    assert_eq!(dropped(vm1), []);
+    assert_eq!(dropped(vm2), [(DropReason::MacGuard, 100)]);
+    assert_eq!(dropped(trunk), [(DropReason::MacGuard, 100)], "both engines drop on a trunk");
+    let rules = engine.rule_stats(&[3, 4]).expect("fakes do not fail");
+    assert_eq!([rules[0].packets, rules[1].packets], [103, 104]);
+    let row = |port| FdbRow { switch: 1, vlan: Vlan::UNTAGGED, mac: MacAddr([2; 6]), port, age_seconds: 0 };
+    engine.user.with(|world| world.fdb = vec![row(vm2), row(trunk)]);
+    assert_eq!(engine.fdb().expect("fakes do not fail"), [row(vm2)]);
+}
+
+#[test]
+fn a_trace_passes_over_the_trunk() {
+    let mut bench = Bench::new();
+    bench.sync(&Bindings::new());
+    let (vm2, trunk) = (bench.id("vnic/vm2"), bench.id("user/blue"));
+    bench.engine.user.with(|world| world.frames = vec![(trunk, vec![1])]);
+    // The kernel's fake does nothing with what it gets.
+    let trace = bench.engine.trace(vm2, &[1]);
+    assert_eq!(trace.frames, []);
+    assert_eq!(
+        trace.steps,
+        [Step::Learn, Step::Out(vm2), Step::Drop(vm2, DropReason::NoDestination)],
+        "a frame that nobody takes has no destination"
+    );
+    assert_eq!(bench.engine.user.with(|world| world.traced.clone()), [vm2]);
+    // What is on the trunk is nobody's step.
+    bench.engine.user.with(|world| world.frames = vec![(vm2, vec![1])]);
+    let trace = bench.engine.trace(vm2, &[1]);
+    assert_eq!(trace.frames, [(vm2, vec![1])]);
+    assert_eq!(trace.steps, [Step::Learn, Step::Out(vm2)]);
+}

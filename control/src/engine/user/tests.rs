@@ -1,0 +1,95 @@
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+use sluice_policy::ids::Ids;
+use sluice_policy::image::Bindings;
+use sluice_policy::lower;
+use tempfile::TempDir;
+
+use super::*;
+use crate::json;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The userspace engine's part of a host with a guest's rings at this path.
+fn image(path: &str, queues: u32) -> Image {
+    let yaml = format!(
+        "switches: [{{name: blue}}]\nvnics:\n- {{name: vm1, switch: blue, mac: \"02:00:00:00:00:01\", \
+         attach: {{vhostUser: {{path: {path}, queues: {queues}}}}}}}"
+    );
+    let specs = crate::convert::config(&json::read_config(&yaml).expect("good YAML")).expect("good values");
+    let config = crate::convert::collect(&specs);
+    let mut ids = Ids::default();
+    lower::assign_ids(&config, &mut ids).expect("numbers");
+    lower::split(&lower::lower(&config, &ids, &Bindings::new()).expect("an image")).user
+}
+
+fn socket(folder: &TempDir) -> String {
+    folder.path().join("vm1.sock").display().to_string()
+}
+
+#[test]
+fn a_port_opens_with_its_policy_and_closes_without() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = socket(&folder);
+    let mut engine = UserEngine::default();
+    assert!(engine.running.is_none(), "nothing runs for nobody");
+    let report = engine.sync(&image(&path, 2));
+    assert_eq!(report.changes, [format!("opened vnic/vm1 on {path}")]);
+    let PortState::Pending { reason } = &report.ports["vnic/vm1"].state else { panic!("{report:?}") };
+    assert!(reason.contains(&path), "{reason}");
+    assert!(engine.is_open("vnic/vm1"));
+    let mode = std::fs::metadata(&path).expect("a socket").permissions().mode();
+    assert_eq!(mode & 0o777, 0o660);
+    let queues = |engine: &UserEngine| {
+        engine
+            .running
+            .iter()
+            .flat_map(|running| running.workers.status())
+            .map(|worker| worker.queues.len())
+            .sum::<usize>()
+    };
+    assert_eq!(queues(&engine), 2);
+    assert_eq!(engine.sync(&image(&path, 2)).changes, [""; 0], "a second pass does nothing");
+    assert_eq!(engine.sync(&image(&path, 3)).changes.len(), 2, "with more queues it is another port");
+    assert_eq!(queues(&engine), 3);
+    assert_eq!(engine.sync(&Image::default()).changes, ["closed vnic/vm1"]);
+    assert_eq!(queues(&engine), 0);
+    assert!(!folder.path().join("vm1.sock").exists());
+}
+
+#[test]
+fn a_guest_that_comes_wakes_the_daemon() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = socket(&folder);
+    let mut engine = UserEngine::default();
+    let (sender, woken) = channel();
+    engine.watch(Arc::new(move || {
+        // A test that has ended hears no more.
+        let _ = sender.send(());
+    }));
+    engine.sync(&image(&path, 1));
+    let front = UnixStream::connect(&path).expect("it listens");
+    woken.recv_timeout(PATIENCE).expect("it tells of the guest");
+    let report = engine.sync(&image(&path, 1));
+    let PortState::Pending { reason } = &report.ports["vnic/vm1"].state else { panic!("{report:?}") };
+    assert!(reason.contains("waiting for its guest's driver"), "{reason}");
+    drop(front);
+    woken.recv_timeout(PATIENCE).expect("and of its end");
+}
+
+#[test]
+fn a_socket_of_others_fails_one_port_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = socket(&folder);
+    let other = UnixListener::bind(&path).expect("a socket");
+    let mut engine = UserEngine::default();
+    let report = engine.sync(&image(&path, 1));
+    let PortState::Failed { error } = &report.ports["vnic/vm1"].state else { panic!("{report:?}") };
+    assert!(error.contains("in use"), "{error}");
+    assert!(!engine.is_open("vnic/vm1"));
+    drop(other);
+    assert_eq!(engine.sync(&image(&path, 1)).changes.len(), 1, "what a dead process left is replaced");
+}
