@@ -30,6 +30,6 @@ pub use daemon::Daemon;
 pub use flow::Flow;
 pub use lab::{Lab, PATIENCE, Vm, scenario};
 pub use netns::Netns;
-pub use packet::{PacketSocket, Tap};
+pub use packet::{PacketSocket, Tap, VnetTap};
 pub use tcp::Connection;
 pub use wait::wait_until;

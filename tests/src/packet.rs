@@ -1,9 +1,10 @@
 //! Sending and receiving whole frames: packet sockets in a namespace, and taps as a hypervisor holds them.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::net::if_::if_nametoindex;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -175,6 +176,53 @@ impl Tap {
             }
         }
         bail!("{what}: no such frame within {patience:?}")
+    }
+}
+
+/// A tap whose frames have virtio-net headers of 12 bytes in front, as a VMM exchanges them with a guest's rings. Reading and
+/// writing never wait.
+#[derive(Debug)]
+pub struct VnetTap {
+    device: OwnedFd,
+}
+
+impl VnetTap {
+    /// Makes the tap `name` in a namespace, whose kernel may leave undone what `offloads` (`TUN_F_…`) say.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn open(netns: &Netns, name: &str, offloads: u32) -> Result<VnetTap> {
+        let device = netns.enter(|| sys::open_vnet_tap(name, offloads))?;
+        let flags = OFlag::from_bits_truncate(fcntl(&device, FcntlArg::F_GETFL)?) | OFlag::O_NONBLOCK;
+        fcntl(&device, FcntlArg::F_SETFL(flags))?;
+        Ok(VnetTap { device })
+    }
+
+    /// Reads a header and a frame; `None` if there is none.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn read(&self, buffer: &mut [u8]) -> Result<Option<usize>> {
+        match nix::unistd::read(&self.device, buffer) {
+            Ok(length) => Ok(Some(length)),
+            Err(nix::Error::EAGAIN) => Ok(None),
+            Err(error) => Err(error).context("reading from the tap"),
+        }
+    }
+
+    /// Writes a header and a frame.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn write(&self, bytes: &[u8]) -> Result<()> {
+        nix::unistd::write(&self.device, bytes).context("writing to the tap")?;
+        Ok(())
+    }
+}
+
+impl AsFd for VnetTap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.device.as_fd()
     }
 }
 

@@ -107,6 +107,25 @@ pub(crate) fn receive_packet(
 /// Opens a tap of the calling thread's namespace, as a hypervisor does; it is created if it does not exist and, unless
 /// made persistent elsewhere, goes away when closed.
 pub(crate) fn open_tap(name: &str) -> Result<OwnedFd> {
+    tap(name, libc::IFF_TAP | libc::IFF_NO_PI)
+}
+
+/// As [`open_tap`], with a virtio-net header of 12 bytes before each frame; the kernel hands over what these `TUN_F_…`
+/// allow.
+pub(crate) fn open_vnet_tap(name: &str, offloads: u32) -> Result<OwnedFd> {
+    let device = tap(name, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR)?;
+    let length: libc::c_int = 12;
+    // SAFETY: TUNSETVNETHDRSZ reads an int, which outlives the call.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETVNETHDRSZ as _, &raw const length) };
+    check(result, "TUNSETVNETHDRSZ")?;
+    // SAFETY: TUNSETOFFLOAD takes its argument by value.
+    let result =
+        unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETOFFLOAD as _, libc::c_ulong::from(offloads)) };
+    check(result, "TUNSETOFFLOAD")?;
+    Ok(device)
+}
+
+fn tap(name: &str, flags: libc::c_int) -> Result<OwnedFd> {
     let device =
         std::fs::File::options().read(true).write(true).open("/dev/net/tun").context("/dev/net/tun")?;
     // SAFETY: all-zero bytes are a valid ifreq.
@@ -115,7 +134,7 @@ pub(crate) fn open_tap(name: &str) -> Result<OwnedFd> {
     for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *place = byte as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: TUNSETIFF reads and writes an ifreq, which outlives the call.
     let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) };
     check(result, "TUNSETIFF")?;
