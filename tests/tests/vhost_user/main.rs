@@ -74,6 +74,19 @@ fn guests_with_rings_others_and_the_outside_are_one_switch() -> Result<()> {
             other.ping(one)?;
             tools::ping(&one.netns, &other.ip6().to_string())?;
         }
+        // The trace passes from one engine to the other as frames do.
+        for (port, to, from) in
+            [("vnic/vm1", &vm2.vm, &vm1), ("vnic/vm2", &vm1, &vm2.vm), ("vnic/vm3", &vm2.vm, &vm3.vm)]
+        {
+            let frame: String =
+                note(to.mac(), from.mac(), &[], "traced").iter().map(|byte| format!("{byte:02x}")).collect();
+            let trace = lab.sluice().json(&["trace", "--port", port, "--hex", &frame])?;
+            let wanted = format!("out vnic/{}", to.name);
+            ensure!(
+                trace["agree"] == true && trace["liveVerdict"] == wanted.as_str(),
+                "from {port}: {trace}"
+            );
+        }
         let plan = lab.sluice().plan("{}")?;
         ensure!(plan["changes"].as_array().is_none_or(Vec::is_empty), "nothing is to be done: {plan}");
         let drops = lab.sluice().drops()?;
@@ -189,6 +202,11 @@ fn a_guest_goes_on_when_the_daemon_is_back() -> Result<()> {
             vm1.ping(&vm2.vm)?;
             vm2.vm.ping(&vm1)?;
         }
+        // Whoever removes the trunk has it made again.
+        let trunk = lab.host().run(&["ip", "-brief", "link"])?;
+        let trunk = trunk.split_whitespace().find(|word| word.starts_with("slu-")).context("no trunk")?;
+        lab.host().run(&["ip", "link", "del", trunk])?;
+        vm1.ping(&vm2.vm)?;
         let left = lab.host().run(&["ip", "-brief", "link"])?;
         ensure!(left.matches("slu-").count() == 1, "one trunk, and no more: {left}");
         lab.apply(&format!("vnics:\n{}", vm1.vnic("")))?;
