@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Result, ensure};
 use sluice_eswitch::contract::{Eswitch, EswitchError};
 use sluice_eswitch::legacy::Legacy;
-use sluice_policy::net::MacAddr;
+use sluice_policy::net::{MacAddr, VlanId};
 use sluice_tests::netns::check;
 use sluice_tests::{Netns, tools};
 
@@ -91,4 +91,29 @@ fn a_full_filter_is_said_to_be_full() -> Result<()> {
     let left = shown(PORT)?;
     ensure!(!left.contains("02:00:00:00:1e:"), "{left}");
     Ok(())
+}
+
+#[test]
+#[ignore = "runs in the SR-IOV lab"]
+fn vlans_of_ours_come_and_go_and_others_stay() -> Result<()> {
+    let mut eswitch = port(7)?;
+    let vlans = |vids: &[u32]| vids.iter().map(|vid| VlanId::new(*vid)).collect::<Result<BTreeSet<_>, _>>();
+    let links = || check(Command::new("ip").args(["-brief", "link", "show", "type", "vlan"]));
+    check(
+        Command::new("ip")
+            .args(["link", "add", "link", PORT, "name", "theirs", "type", "vlan", "id", "30"]),
+    )?;
+    let wanted = vlans(&[10, 20, 30])?;
+    writes(&mut eswitch, 2, |eswitch| Ok(eswitch.sync_vlans(&wanted)?))?;
+    writes(&mut eswitch, 0, |eswitch| Ok(eswitch.sync_vlans(&wanted)?))?;
+    let shown = links()?;
+    ensure!(shown.contains(".10@") && shown.contains(".20@") && !shown.contains(".30@"), "{shown}");
+    // Another life of the daemon knows them again.
+    let mut second = Legacy::open(PORT)?;
+    second.sync_vlans(&vlans(&[20])?)?;
+    ensure!(second.writes() == 1, "{} writes to leave one VLAN", second.writes());
+    second.sync_vlans(&BTreeSet::new())?;
+    let shown = links()?;
+    ensure!(shown.contains("theirs") && !shown.contains("sl"), "{shown}");
+    check(Command::new("ip").args(["link", "del", "theirs"])).map(drop)
 }

@@ -1,6 +1,6 @@
 //! VLANs that the PF receives. A PF that is not promiscuous filters them, and takes those of VLAN interfaces on it; so one
 //! is made for each VLAN of the software switch, which stays down and has no other use. It outlives the daemon, as the
-//! frames must; an alias says that it is ours.
+//! frames must; its name, `slPF.VLAN` with the PF's index, says that it is ours.
 
 use std::collections::BTreeMap;
 
@@ -11,8 +11,6 @@ use crate::netlink::attr::{Attributes, Read, u32_at};
 
 /// `RTM_DELLINK`.
 pub(super) const DELETE_LINK: u16 = 17;
-/// What our interfaces' aliases say.
-const ALIAS: &str = "sluice: the PF receives this VLAN";
 /// Most VLANs: each is an interface.
 pub(super) const VLANS_MAX: usize = 256;
 
@@ -22,7 +20,6 @@ const IFINDEX: usize = 4;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_LINK: u16 = 5;
 const IFLA_LINKINFO: u16 = 18;
-const IFLA_IFALIAS: u16 = 20;
 const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
@@ -70,10 +67,15 @@ fn member(pf: u32, payload: &[u8]) -> Option<(VlanId, Member)> {
         return None;
     }
     let vid = u16::from_ne_bytes(info.nested(IFLA_INFO_DATA).array(IFLA_VLAN_ID)?);
-    let is_ours = attributes
-        .get(IFLA_IFALIAS)
-        .is_some_and(|alias| alias.strip_suffix(b"\0").unwrap_or(alias) == ALIAS.as_bytes());
-    Some((VlanId::new(vid.into()).ok()?, Member { ifindex: u32_at(payload, IFINDEX)?, is_ours }))
+    let vlan = VlanId::new(vid.into()).ok()?;
+    let found = attributes.get(IFLA_IFNAME)?;
+    let is_ours = found.strip_suffix(b"\0").unwrap_or(found) == name(pf, vlan).as_bytes();
+    Some((vlan, Member { ifindex: u32_at(payload, IFINDEX)?, is_ours }))
+}
+
+/// What ours is called.
+fn name(pf: u32, vlan: VlanId) -> String {
+    format!("sl{pf}.{vlan}")
 }
 
 /// The payload that makes one.
@@ -81,8 +83,7 @@ pub(super) fn join(pf: u32, vlan: VlanId) -> Vec<u8> {
     let data = Attributes::default().put(IFLA_VLAN_ID, &vlan.get().to_ne_bytes());
     let info = Attributes::default().text(IFLA_INFO_KIND, "vlan").nest(IFLA_INFO_DATA, &data);
     Attributes::after(&[0; HEADER])
-        .text(IFLA_IFNAME, &format!("sl{pf}.{vlan}"))
-        .put(IFLA_IFALIAS, ALIAS.as_bytes())
+        .text(IFLA_IFNAME, &name(pf, vlan))
         .put(IFLA_LINK, &pf.to_ne_bytes())
         .nest(IFLA_LINKINFO, &info)
         .into_bytes()
@@ -111,10 +112,10 @@ mod tests {
     }
 
     #[test]
-    fn ours_are_told_from_others_by_their_alias() {
+    fn ours_are_told_from_others_by_their_name() {
         let ours = made(5, 100, 9);
         let mut theirs = made(5, 200, 10);
-        let at = theirs.windows(6).position(|bytes| bytes == b"sluice").expect("the alias");
+        let at = theirs.windows(4).position(|bytes| bytes == b"sl5.").expect("the name");
         theirs[at] = b'S';
         let elsewhere = made(6, 300, 11);
         let answers = [&ours, &theirs, &elsewhere].map(|payload| (codec::NEW_LINK, payload.as_slice()));
