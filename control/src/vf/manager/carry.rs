@@ -116,13 +116,12 @@ impl Manager {
         if let Err(text) = self.keep_filter() {
             return Event::Failed { ticket, class: ErrorClass::Passing, text };
         }
-        self.replace_neighbours(None);
         Event::Done(ticket)
     }
 
     pub(super) fn use_software(&mut self, now: u64, name: &str, ticket: u64) -> Event {
         // Neighbours must not send into a VF that is about to be closed.
-        self.replace_neighbours(Some(name));
+        self.leave_neighbours(now, name);
         self.set_in_use(name, false);
         self.filter = None;
         // A NIC that is gone filters nothing; the vNICs on this host need their path all the same.
@@ -150,29 +149,19 @@ impl Manager {
         }
     }
 
-    /// Has the programs of all VFs in use lead to the neighbours that there are now.
-    pub(super) fn replace_neighbours(&mut self, leaving: Option<&str>) {
+    /// Has the programs of all other VFs in use lead past one that is about to be closed.
+    pub(super) fn leave_neighbours(&mut self, now: u64, leaving: &str) {
         if self.parts.nic.mode() != Mode::Switchdev {
             return;
         }
-        self.meet_neighbours(leaving);
-        let others: Vec<String> =
-            self.neighbours.on_vfs.keys().filter(|name| Some(name.as_str()) != leaving).cloned().collect();
+        self.meet_neighbours(Some(leaving));
+        let others: Vec<String> = self.neighbours.on_vfs.keys().cloned().collect();
         for other in others {
             let Some(claim) = self.claims.get_mut(&other) else { continue };
-            let Ok(program) = place(&self.world.config, &claim.vnic, &self.capabilities, &self.neighbours)
-            else {
-                continue;
-            };
-            claim.placed = Ok(program.clone());
-            let now = claim.lifecycle.since();
-            let commands = claim.lifecycle.handle(now, Event::Replaced(program));
-            for Command { ticket, action } in commands {
-                let result = execute(self.parts.nic.eswitch(), &action).unwrap_or(Ok(()));
-                if let Some(claim) = self.claims.get_mut(&other) {
-                    // What failed is repeated by the lifecycle, or the VF given back.
-                    let _ = claim.lifecycle.handle(now, answer(ticket, result));
-                }
+            if let Ok(program) = place(&self.world.config, &claim.vnic, &self.capabilities, &self.neighbours)
+            {
+                claim.placed = Ok(program.clone());
+                self.send(now, &other, Event::Replaced(program));
             }
         }
     }

@@ -404,3 +404,56 @@ fn what_the_nic_refuses_in_spite_of_its_promise_is_named() {
     bench.run(300);
     assert_eq!(bench.path("vm1").path(), At::Hardware);
 }
+
+#[test]
+fn neighbours_in_switchdev_mode_are_led_past_a_vf_that_is_to_be_closed() {
+    use sluice_eswitch::switchdev::{Representor, Representors};
+    use sluice_policy::placement::{FlowerActions, FlowerKeys, FlowerSupport};
+    let mut bench = Bench::new(2);
+    let capabilities = Capabilities {
+        mode: Mode::Switchdev,
+        max_vfs: 2,
+        link_state: Evidence::ReadBack,
+        flower: FlowerSupport {
+            offload: Evidence::ReadBack,
+            rules_max: 1_000,
+            keys: FlowerKeys::ALL,
+            actions: FlowerActions::ALL,
+        },
+        ..Capabilities::default()
+    };
+    bench.nic = SoftNic::new("a-model", Soft::new(capabilities, 2, Flaws::default()), Mode::Switchdev);
+    let port = |netdev: &str| Representor { ifindex: 7, netdev: netdev.to_owned() };
+    bench.nic.set_representors(Some(Representors {
+        switch_id: "1".into(),
+        uplink: port("p0"),
+        vfs: [(VfIndex(0), port("pf0vf0")), (VfIndex(1), port("pf0vf1"))].into(),
+    }));
+    bench.restart();
+    bench.apply(&[vnic(1, CLAIM), vnic(2, CLAIM)]);
+    bench.run(300);
+    let first = bench.backing("vm1").expect("it has a VF");
+    assert_eq!((first.representor.as_deref(), first.in_use), (Some("pf0vf0"), true), "{}", bench.events());
+    let rules = |bench: &Bench| {
+        let truth = bench.nic.with(|soft| soft.truth(VfIndex(0))).expect("it exists");
+        match truth.enforced {
+            sluice_eswitch::contract::Enforced::Switchdev { program, .. } => format!("{program:?}"),
+            other => panic!("{other:?}"),
+        }
+    };
+    let with_neighbour = rules(&bench);
+    bench.manager.hold("vm2", "a migration", None);
+    bench.run(300);
+    assert_eq!(bench.path("vm2").path(), At::Software);
+    assert_eq!(bench.path("vm1").path(), At::Hardware, "it never had to leave: {}", bench.events());
+    let alone = rules(&bench);
+    assert_ne!(alone, with_neighbour, "it led to its neighbour, and does no longer");
+    bench.manager.release(bench.now, "vm2");
+    bench.run(300);
+    assert_eq!(rules(&bench), with_neighbour);
+    assert_eq!(
+        bench.path("vm1").counters.expect("counters").transitions.len(),
+        3,
+        "granted, verified, active"
+    );
+}
