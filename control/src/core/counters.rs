@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use sluice_pipeline::tables::port_flag;
 use sluice_policy::config::AclRule;
+use sluice_policy::image::Behind;
 use sluice_policy::lower;
 use sluice_proto::v1;
 
@@ -160,7 +161,9 @@ impl Core {
     /// # Errors
     /// If the port does not exist, or has not been programmed.
     pub fn trace(&self, request: &v1::TraceRequest) -> Result<v1::TraceResponse, Error> {
-        let Some(id) = self.state.ids.ports.get(&request.port) else {
+        // Nobody sends on a trunk: a trace from a vNIC passes over it.
+        let is_trunk = |id: &u32| self.image.ports.get(id).is_some_and(|port| port.behind == Behind::UserTap);
+        let Some(id) = self.state.ids.ports.get(&request.port).filter(|id| !is_trunk(id)) else {
             return Err(Error::NotFound(vec![v1::Violation {
                 resource: request.port.clone(),
                 field: String::new(),

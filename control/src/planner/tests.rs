@@ -61,3 +61,29 @@ fn fields_that_come_and_go_are_named_by_path() {
     assert_eq!((gone[0].action(), gone[0].target.as_str()), (Action::Delete, "switches/s"));
     assert_eq!(summary(&before, &after), [("update", "switches/s".parse().expect("a key"))]);
 }
+
+#[test]
+fn a_guest_with_rings_is_attached_once_and_reprogrammed_after() {
+    let image = |rest: &str| {
+        let config = state(&format!(
+            "switches: [{{name: s}}]\nvnics: [{{name: v, switch: s, mac: \"02:00:00:00:00:01\", {rest}}}]"
+        ))
+        .config();
+        let mut ids = sluice_policy::ids::Ids::default();
+        sluice_policy::lower::assign_ids(&config, &mut ids).expect("numbers");
+        sluice_policy::lower::lower(&config, &ids, &Default::default()).expect("an image")
+    };
+    let of_it = |old: &Image, new: &Image| -> Vec<(Action, String)> {
+        let changes = data_plane(old, new).into_iter().filter(|change| change.target == "vnic/v");
+        changes.map(|change| (change.action(), change.note)).collect()
+    };
+    let first = image("attach: {vhostUser: {path: /a}}");
+    let attach = |path: &str| vec![(Action::Attach, format!("to the guest at {path}"))];
+    assert_eq!(of_it(&Image::default(), &first), attach("/a"));
+    let mut open = first.clone();
+    open.ports.values_mut().for_each(|port| port.config.flags |= port_flag::ATTACHED);
+    assert_eq!(of_it(&open, &first), [], "guests come and go without a plan");
+    let guarded = image("attach: {vhostUser: {path: /a}}, policy: {dhcpGuard: true}");
+    assert_eq!(of_it(&open, &guarded), [(Action::Program, "its policy".to_owned())]);
+    assert_eq!(of_it(&open, &image("attach: {vhostUser: {path: /b}}")), attach("/b"));
+}

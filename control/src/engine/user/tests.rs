@@ -15,9 +15,13 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The userspace engine's part of a host with a guest's rings at this path.
 fn image(path: &str, queues: u32) -> Image {
+    image_with(&format!("{{path: {path}, queues: {queues}}}"))
+}
+
+fn image_with(rings: &str) -> Image {
     let yaml = format!(
         "switches: [{{name: blue}}]\nvnics:\n- {{name: vm1, switch: blue, mac: \"02:00:00:00:00:01\", \
-         attach: {{vhostUser: {{path: {path}, queues: {queues}}}}}}}"
+         attach: {{vhostUser: {rings}}}}}"
     );
     let specs = crate::convert::config(&json::read_config(&yaml).expect("good YAML")).expect("good values");
     let config = crate::convert::collect(&specs);
@@ -92,4 +96,20 @@ fn a_socket_of_others_fails_one_port_alone() {
     assert!(!engine.is_open("vnic/vm1"));
     drop(other);
     assert_eq!(engine.sync(&image(&path, 1)).changes.len(), 1, "what a dead process left is replaced");
+}
+
+#[test]
+fn a_client_goes_to_its_vmm() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = socket(&folder);
+    let image = image_with(&format!("{{path: {path}, mode: CLIENT}}"));
+    let mut engine = UserEngine::default();
+    let report = engine.sync(&image);
+    let PortState::Pending { reason } = &report.ports["vnic/vm1"].state else { panic!("{report:?}") };
+    assert!(reason.contains("to listen on"), "{reason}");
+    // It tries until somebody listens.
+    let vmm = UnixListener::bind(&path).expect("a socket");
+    vmm.accept().expect("it comes");
+    engine.sync(&Image::default());
+    assert!(folder.path().join("vm1.sock").exists(), "the socket is the VMM's");
 }

@@ -103,8 +103,7 @@ pub(super) fn user_tap(switch_name: &str, switch: u32) -> PortImage {
         full_checksums: false,
         config,
         trunk: [0; 64],
-        // A tap receives what it is given, whatever its address.
-        is_filtered: true,
+        is_filtered: false,
         is_standby: false,
     }
 }
