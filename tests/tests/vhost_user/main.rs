@@ -45,9 +45,10 @@ impl Guest {
         let (features, tap_offloads) = if with_offloads { (OFFLOADS, TAP_OFFLOADS) } else { (0, 0) };
         let netns: &Netns = &self.vm.netns;
         let tap = VnetTap::open(netns, INTERFACE, tap_offloads)?;
-        let vmm = Vmm::start(&self.socket, tap, features)?;
+        // A tap that is down takes nothing.
         netns.run(&["ip", "link", "set", INTERFACE, "address", &mac_text(self.vm.mac()), "up"])?;
         self.vm.default_addresses()?;
+        let vmm = Vmm::start(&self.socket, tap, features)?;
         lab.sluice().wait_ready("vnic", &self.vm.name, PATIENCE)?;
         Ok(vmm)
     }
@@ -87,6 +88,8 @@ fn guests_with_rings_others_and_the_outside_are_one_switch() -> Result<()> {
                 "from {port}: {trace}"
             );
         }
+        let trunk = lab.sluice().attempt(&["trace", "--port", "user/blue", "--hex", &"00".repeat(60)])?;
+        ensure!(!trunk.status.success(), "nobody sends on a trunk");
         let plan = lab.sluice().plan("{}")?;
         ensure!(plan["changes"].as_array().is_none_or(Vec::is_empty), "nothing is to be done: {plan}");
         let drops = lab.sluice().drops()?;
