@@ -5,6 +5,7 @@
 mod vmm;
 
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -218,6 +219,36 @@ fn a_guest_goes_on_when_the_daemon_is_back() -> Result<()> {
         let left = lab.host().run(&["ip", "-brief", "link"])?;
         ensure!(!left.contains("slu-"), "the trunk goes with the last of its vNICs: {left}");
         guest.end().context("a guest that is alone waits").or_else(|_| Ok(()))
+    })
+}
+
+/// DPDK's driver and front-end are somebody else's work. It answers ARP and pings by itself.
+#[test]
+fn dpdk_answers_pings_through_the_daemon() -> Result<()> {
+    scenario(|lab| {
+        let vm1 = lab.vm(1)?;
+        let vm2 = Guest::new(lab, 2)?;
+        let policy = format!("policy: {{vlan: {{access: 7}}, ipGuard: [\"{}\"]}}", vm2.vm.ip4());
+        lab.sluice().apply(&format!(
+            "switches: [{{name: blue}}]\nvnics:\n{}{}",
+            vm1.vnic("policy: {vlan: {access: 7}}"),
+            vm2.vnic(&policy)
+        ))?;
+        let device =
+            format!("--vdev=net_virtio_user0,path={},mac={}", vm2.socket.display(), mac_text(vm2.vm.mac()));
+        // One core besides the main one; it polls, and is ended with the test.
+        let testpmd = Command::new("dpdk-testpmd")
+            .args(["-l", "0,1", "--no-pci", "--no-huge", "-m", "256", "--single-file-segments"])
+            .args(["--no-telemetry", &device, "--", "--auto-start", "--no-mlockall"])
+            .args(["--total-num-mbufs=4096", "--forward-mode=icmpecho"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("dpdk-testpmd, which `cargo xtask test` installs")?;
+        let _testpmd = tools::Running(testpmd);
+        lab.sluice().wait_ready("vnic", "vm2", 3 * PATIENCE)?;
+        vm1.ping(&vm2.vm)
     })
 }
 
