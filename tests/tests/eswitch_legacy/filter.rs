@@ -100,8 +100,7 @@ fn vlans_of_ours_come_and_go_and_others_stay() -> Result<()> {
     let vlans = |vids: &[u32]| vids.iter().map(|vid| VlanId::new(*vid)).collect::<Result<BTreeSet<_>, _>>();
     let links = || check(Command::new("ip").args(["-brief", "link", "show", "type", "vlan"]));
     check(
-        Command::new("ip")
-            .args(["link", "add", "link", PORT, "name", "theirs", "type", "vlan", "id", "30"]),
+        Command::new("ip").args(["link", "add", "link", PORT, "name", "theirs", "type", "vlan", "id", "30"]),
     )?;
     let wanted = vlans(&[10, 20, 30])?;
     writes(&mut eswitch, 2, |eswitch| Ok(eswitch.sync_vlans(&wanted)?))?;
