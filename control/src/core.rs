@@ -39,6 +39,8 @@ pub struct View {
     pub revision: u64,
     /// Resources.
     pub resources: BTreeMap<Key, Arc<v1::Resource>>,
+    /// Revision that every NIC has acted upon.
+    pub settled: u64,
 }
 
 /// How the daemon started, which the event log may have forgotten.
@@ -320,7 +322,11 @@ impl Core {
     /// Publishes resources and statuses, keeping what did not change.
     fn publish(&mut self) {
         let before = self.view.borrow().clone();
-        let mut view = View { revision: self.state.revision, resources: BTreeMap::new() };
+        let mut view = View {
+            revision: self.state.revision,
+            resources: BTreeMap::new(),
+            settled: self.settled_revision(),
+        };
         for (key, entry) in &self.state.resources {
             let resource = status::resource(entry, &self.ports, &self.vfs, &self.config);
             let shared = match before.resources.get(key) {

@@ -3,7 +3,7 @@
 //!
 //! Others hold a [`Handle`]. Answers come back through a oneshot channel, so that asynchronous callers never block.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
@@ -127,7 +127,7 @@ struct ToCore {
 }
 
 impl SoftwarePath for ToCore {
-    fn set(&mut self, switch: &str, backings: Backings) -> Result<(), String> {
+    fn set(&mut self, switch: &str, backings: Backings) -> Result<BTreeSet<String>, String> {
         let (answer, answered) = channel();
         let switch = switch.to_owned();
         let job: Job = Box::new(move |core| {

@@ -70,18 +70,18 @@ impl Api {
 impl Api {
     /// Waits until the NICs have acted upon a revision: until then a VF may still pass what the new policy forbids.
     /// `false` if there was nothing to wait for.
-    async fn nics_settle(&self, revision: u64) -> Result<bool, Error> {
+    async fn nics_settle(&self, revision: u64) -> bool {
         let mut view = self.handle.view();
         let deadline = tokio::time::Instant::now() + APPLY_MAX;
         let mut waited = false;
-        while self.handle.call(move |core| Ok(core.settled_revision())).await? < revision {
+        while view.borrow_and_update().settled < revision {
             waited = true;
             let changed = tokio::time::timeout_at(deadline, view.changed());
             if !matches!(changed.await, Ok(Ok(()))) {
                 break;
             }
         }
-        Ok(waited)
+        waited
     }
 
     /// Where a vNIC is, once its NIC's thread has answered.
@@ -165,7 +165,7 @@ impl Sluice for Api {
         let request = request.into_inner();
         let Outcome { revision, mut results, data_plane } =
             self.handle.call(move |core| core.apply(&request, &actor)).await?;
-        if self.nics_settle(revision).await? {
+        if self.nics_settle(revision).await {
             let view = self.handle.view().borrow().clone();
             for result in &mut results {
                 let known =
@@ -191,6 +191,7 @@ impl Sluice for Api {
         let request = request.into_inner();
         let Outcome { revision, data_plane, .. } =
             self.handle.call(move |core| core.delete(&request, &actor)).await?;
+        self.nics_settle(revision).await;
         Ok(Response::new(v1::DeleteResponse { revision, data_plane }))
     }
 

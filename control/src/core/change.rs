@@ -147,8 +147,9 @@ impl Core {
             .map_err(|found| Error::Invalid(found.into_iter().map(from_policy).collect()))?;
         let config = state.config();
         lower::assign_ids(&config, &mut state.ids)?;
-        let observation = self.engine.observe(&lower::ports_with(&config, &self.backings))?;
-        let image = lower::lower_with(&config, &state.ids, &observation.bindings, &self.backings)?;
+        let backings = self.backings_for(&config);
+        let observation = self.engine.observe(&lower::ports_with(&config, &backings))?;
+        let image = lower::lower_with(&config, &state.ids, &observation.bindings, &backings)?;
         Ok(Candidate { state, config, image })
     }
 
@@ -181,6 +182,7 @@ impl Core {
             self.events.note(Severity::Info, brief(&audit));
             self.state = state;
             self.config = config;
+            self.backings = self.backings_for(&self.config);
         }
         if self.untouched {
             self.untouched = false;

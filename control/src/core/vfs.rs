@@ -109,7 +109,7 @@ impl Core {
         software: impl Fn() -> Box<dyn SoftwarePath> + Send + 'static,
     ) {
         self.vfs.by_switch = Fleet::former(&equipment, &self.config);
-        self.backings = self.vfs.backings();
+        self.backings = self.backings_for(&self.config);
         self.vfs.fleet = Some(Fleet::new(equipment, software));
     }
 
@@ -175,37 +175,34 @@ impl Core {
         }
     }
 
-    /// Has the engine serve a switch's vNICs as these backings say.
+    /// Has the engine serve a switch's vNICs as these backings say. The vNICs whose representors could not be attached.
     ///
     /// # Errors
-    /// Why it does not: the pass failed, or a representor could not be attached.
-    pub fn set_backings(&mut self, switch: &str, backings: Backings) -> Result<(), String> {
-        let representors: Vec<String> = backings
-            .vnics
-            .iter()
-            .filter(|(_, backing)| backing.representor.is_some())
-            .map(|(name, _)| lower::vf_port(name))
-            .collect();
+    /// If the pass failed, and another will follow.
+    pub fn set_backings(&mut self, switch: &str, backings: Backings) -> Result<BTreeSet<String>, String> {
+        let with_representors = backings.vnics.iter().filter(|(_, backing)| backing.representor.is_some());
+        let with_representors: Vec<String> = with_representors.map(|(name, _)| name.clone()).collect();
         self.vfs.by_switch.insert(switch.to_owned(), backings);
-        self.backings = self.vfs.backings();
-        // What is no longer configured has no port; its VF is on its way back.
-        let config = &self.config;
-        self.backings
-            .vnics
-            .retain(|name, _| config.vnics.iter().any(|vnic| vnic.name == *name && vnic.wants_vf()));
+        self.backings = self.backings_for(&self.config);
         self.pass();
         if self.failed {
             return Err("the kernel engine could not be programmed; see the events".to_owned());
         }
-        for port in representors {
-            match self.ports.get(&port) {
-                Some(status) if status.state() == State::Attached => {}
-                Some(status) => return Err(format!("{port} is not attached: {}", status.message)),
-                // Its vNIC has gone from the configuration.
-                None => {}
-            }
-        }
-        Ok(())
+        // One whose vNIC has gone from the configuration has no port, and needs none.
+        let is_missing = |name: &String| {
+            let port = self.ports.get(&lower::vf_port(name));
+            port.is_some_and(|port| port.state() != State::Attached)
+        };
+        Ok(with_representors.into_iter().filter(is_missing).collect())
+    }
+
+    /// What the engine is told of VFs with this configuration: what is no longer configured has no port, and its VF is on
+    /// its way back.
+    pub(super) fn backings_for(&self, config: &Config) -> Backings {
+        let mut backings = self.vfs.backings();
+        let asks = |name: &str| config.vnics.iter().any(|vnic| vnic.name == name && vnic.wants_vf());
+        backings.vnics.retain(|name, _| asks(name));
+        backings
     }
 
     /// Takes a NIC's report over.
@@ -236,11 +233,9 @@ impl Core {
 
     /// The revision that every NIC's thread has acted upon.
     pub fn settled_revision(&self) -> u64 {
-        let wanted =
-            |switch: &str| self.config.vnics.iter().any(|vnic| vnic.switch == switch && vnic.wants_vf());
-        let behind =
-            self.vfs.revisions.iter().filter(|(switch, _)| wanted(switch)).map(|(_, revision)| *revision);
-        behind.min().unwrap_or(u64::MAX)
+        let Some(fleet) = &self.vfs.fleet else { return u64::MAX };
+        let acted = |switch: &str| self.vfs.revisions.get(switch).copied().unwrap_or(0);
+        fleet.switches().map(acted).min().unwrap_or(u64::MAX)
     }
 
     /// How vNICs would change paths with another configuration.

@@ -46,6 +46,8 @@ pub(super) struct Claim {
     pub(super) plug: Box<dyn Plug>,
     pub(super) lifecycle: Lifecycle,
     pub(super) placed: Result<Program, Vec<Uncovered>>,
+    /// What the VF that it holds was programmed with, until it is clean again.
+    pub(super) program: Option<Program>,
     /// What the NIC refused of the last program, though it had promised to take it.
     pub(super) refused: Option<Uncovered>,
     pub(super) waiting: Option<Waiting>,
@@ -72,6 +74,7 @@ impl Claim {
             plug,
             lifecycle,
             placed: Err(Vec::new()),
+            program: None,
             refused: None,
             waiting: None,
             vf: None,

@@ -78,6 +78,8 @@ pub struct Fleet {
     findings: Findings,
     software: Box<dyn Fn() -> Box<dyn SoftwarePath> + Send>,
     uplinks: BTreeMap<String, Uplink>,
+    /// Records of the last daemon have been looked through.
+    is_begun: bool,
     watcher: Option<Watcher>,
 }
 
@@ -140,7 +142,14 @@ impl Fleet {
     /// A fleet without threads yet. `software` makes each its way back to the reconciler.
     pub fn new(equipment: Equipment, software: impl Fn() -> Box<dyn SoftwarePath> + Send + 'static) -> Fleet {
         let findings = Findings::open(&equipment.state_dir);
-        Fleet { equipment, findings, software: Box::new(software), uplinks: BTreeMap::new(), watcher: None }
+        Fleet {
+            equipment,
+            findings,
+            software: Box::new(software),
+            uplinks: BTreeMap::new(),
+            is_begun: false,
+            watcher: None,
+        }
     }
 
     /// Where vNICs were when the last daemon ended, for the engine's first pass.
@@ -176,11 +185,14 @@ impl Fleet {
             // A thread that has just ended is replaced the next time.
             let _ = uplink.outbox.send(message);
         }
+        if !std::mem::replace(&mut self.is_begun, true) {
+            self.begin(world);
+        }
         for switch in &world.config.switches {
             if let Some(netdev) = wanted_uplink(&world.config, &switch.name)
                 && !self.uplinks.contains_key(&switch.name)
             {
-                self.start(&switch.name, netdev, world);
+                self.start(&switch.name, netdev, world, false);
             }
         }
         if self.uplinks.is_empty() {
@@ -194,7 +206,24 @@ impl Fleet {
         }
     }
 
-    fn start(&mut self, switch: &str, netdev: &str, world: &World) {
+    /// What the last daemon left at uplinks where nobody asks for VFs now is given back.
+    fn begin(&mut self, world: &World) {
+        for switch in RecordFile::switches(&self.equipment.runtime_dir) {
+            let record = RecordFile::new(&self.equipment.runtime_dir, &switch).read();
+            let is_same = wanted_uplink(&world.config, &switch) == Some(&record.netdev);
+            if !record.netdev.is_empty() && !is_same {
+                self.start(&switch, &record.netdev, &without_claims(world), true);
+            }
+        }
+    }
+
+    /// Switches whose NICs are looked after.
+    pub fn switches(&self) -> impl Iterator<Item = &str> {
+        let alive = self.uplinks.iter().filter(|(_, uplink)| !uplink.thread.is_finished());
+        alive.map(|(switch, _)| switch.as_str())
+    }
+
+    fn start(&mut self, switch: &str, netdev: &str, world: &World, is_retiring: bool) {
         let (outbox, inbox) = channel();
         let plugs = Arc::clone(&self.equipment.plugs);
         let setting = Setting {
@@ -206,6 +235,7 @@ impl Fleet {
             findings: self.findings.clone(),
             record: RecordFile::new(&self.equipment.runtime_dir, switch),
             timing: self.equipment.timing,
+            is_retiring,
         };
         let world = world.clone();
         let thread = thread::Builder::new()
@@ -213,7 +243,7 @@ impl Fleet {
             .spawn(move || uplink::run(setting, world, &inbox));
         match thread {
             Ok(thread) => {
-                let uplink = Uplink { netdev: netdev.to_owned(), outbox, thread, is_retiring: false };
+                let uplink = Uplink { netdev: netdev.to_owned(), outbox, thread, is_retiring };
                 self.uplinks.insert(switch.to_owned(), uplink);
             }
             // Tried again by the next pass that looks at everything.

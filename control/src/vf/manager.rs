@@ -86,11 +86,12 @@ pub struct Outlook {
 
 /// The kernel engine and the reconciler, as a NIC's thread sees them.
 pub trait SoftwarePath: Send {
-    /// Has the kernel engine serve a switch's vNICs as these backings say; returns when it does.
+    /// Has the kernel engine serve a switch's vNICs as these backings say; returns when it does: the vNICs whose
+    /// representors are not attached, however.
     ///
     /// # Errors
     /// Why it does not (yet).
-    fn set(&mut self, switch: &str, backings: Backings) -> Result<(), String>;
+    fn set(&mut self, switch: &str, backings: Backings) -> Result<BTreeSet<String>, String>;
 
     /// Takes a report.
     fn report(&mut self, report: Report);
@@ -148,7 +149,16 @@ pub struct Manager {
     filter: Option<BTreeSet<MacAddr>>,
     /// VLANs that it was last told to receive.
     vlans: Option<BTreeSet<VlanId>>,
+    /// What the kernel engine does; `None` if it is not known.
     set: Option<Backings>,
+    /// vNICs whose representors the engine could not attach.
+    unattached: BTreeSet<String>,
+    /// Whether the engine keeps the uplink from being promiscuous.
+    is_filtered: bool,
+    /// VFs that vNICs held when the last daemon ended, and have no claim to any more: to be closed and cleaned.
+    orphans: BTreeMap<String, Held>,
+    /// The world is another since the filter was last looked at.
+    is_world_new: bool,
     record: Record,
     written: Record,
     foreign: Vec<String>,
@@ -178,6 +188,10 @@ impl Manager {
             filter: None,
             vlans: None,
             set: None,
+            unattached: BTreeSet::new(),
+            is_filtered: former.is_filtered,
+            orphans: BTreeMap::new(),
+            is_world_new: true,
             written: former.clone(),
             record: Record::default(),
             foreign: Vec::new(),
@@ -223,6 +237,11 @@ impl Manager {
             }
         }
         self.world = world;
+        self.is_world_new = true;
+        let mut capabilities = self.told_by_nic.clone();
+        let kind = self.parts.nic.identity().key();
+        knowledge::complete(&mut capabilities, &self.parts.findings.of(&kind), &self.attested);
+        self.capabilities = capabilities;
     }
 
     /// Keeps a vNIC on its software path; `until` is a time on the clock of [`step`](Self::step). `false` if it has no
@@ -318,7 +337,7 @@ impl Manager {
 
     /// Whether no vNIC holds a VF or asks for one.
     pub fn is_idle(&self) -> bool {
-        self.claims.is_empty()
+        self.claims.is_empty() && self.orphans.is_empty()
     }
 
     /// Whether something is being waited for that wants to be asked about soon.
@@ -337,6 +356,17 @@ impl Manager {
     pub fn step(&mut self, now: u64, look: bool) {
         if look || self.former.is_some() {
             self.look(now);
+        }
+        if self.former.is_some() {
+            // What is in use must be known before anything is decided.
+            return self.tell(now);
+        }
+        if std::mem::take(&mut self.is_world_new)
+            && self.trouble.is_none()
+            && let Err(text) = self.keep_filter()
+        {
+            self.note(Severity::Warning, text.clone());
+            self.trouble = Some(text);
         }
         self.place(now);
         self.allocate(now);

@@ -25,6 +25,9 @@ pub struct RecordFile {
 pub struct Record {
     /// Where the PF is plugged, as `pci/0000:01:00.0`: an interface of the same name may be another NIC.
     pub device: String,
+    /// Interface of the PF.
+    #[serde(default)]
+    pub netdev: String,
     /// Its driver, device and firmware.
     #[serde(default)]
     pub kind: String,
@@ -48,6 +51,9 @@ pub struct Record {
 pub struct Held {
     /// Its number.
     pub vf: u16,
+    /// Its PCI address, if it is a PCI function.
+    #[serde(default)]
+    pub pci: Option<String>,
     /// Whether the guest uses it.
     pub in_use: bool,
     /// Its representor, in switchdev mode.
@@ -75,6 +81,17 @@ impl RecordFile {
     /// The record of a switch's uplink, in this directory.
     pub fn new(runtime_dir: &Path, switch: &str) -> RecordFile {
         RecordFile { path: runtime_dir.join(format!("vf-{switch}.json")) }
+    }
+
+    /// Switches of which there is a record in this directory.
+    pub fn switches(runtime_dir: &Path) -> Vec<String> {
+        let entries = fs::read_dir(runtime_dir).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                Some(name.strip_prefix("vf-")?.strip_suffix(".json")?.to_owned())
+            })
+            .collect()
     }
 
     /// Reads it; what is not there or cannot be read is empty.
@@ -115,12 +132,13 @@ mod tests {
         assert_eq!(file.read(), Record::default());
         let mut record = Record { device: "pci/0000:01:00.0".into(), is_filtered: true, ..Record::default() };
         record.filter.insert("02:00:00:00:00:01".into());
-        record.held.insert("vm1".into(), Held { vf: 3, in_use: true, representor: None });
+        record.held.insert("vm1".into(), Held { vf: 3, in_use: true, ..Held::default() });
         file.write(&record).expect("a tmpfs");
         assert_eq!(file.read(), record);
         let mut backings = Backings::default();
         record.add_to("blue", &mut backings);
         assert!(backings.filtered_uplinks.contains("blue") && backings.vnics["vm1"].in_use);
+        assert_eq!(RecordFile::switches(folder.path()), ["blue"]);
         file.write(&Record::default()).expect("a tmpfs");
         assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 0);
         fs::write(folder.path().join("vf-blue.json"), "{").expect("a tmpfs");

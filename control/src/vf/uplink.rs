@@ -85,11 +85,14 @@ pub(super) struct Setting {
     pub(super) findings: Findings,
     pub(super) record: RecordFile,
     pub(super) timing: Timing,
+    /// Only what the last daemon left is to be given back.
+    pub(super) is_retiring: bool,
 }
 
 /// Runs until it is stopped, or retired and done.
 pub(super) fn run(mut setting: Setting, world: World, receiver: &Receiver<Message>) {
-    let mut inbox = Inbox { receiver, world, retiring: false, stopped: false };
+    let mut inbox =
+        Inbox { receiver, world, holds: BTreeMap::new(), retiring: setting.is_retiring, stopped: false };
     let Some(nic) = open(&mut setting, &mut inbox) else { return };
     let start = Instant::now();
     let epoch = u64::try_from(events::now().as_millis()).unwrap_or(0);
@@ -106,6 +109,11 @@ pub(super) fn run(mut setting: Setting, world: World, receiver: &Receiver<Messag
     });
     let clock = || u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
     manager.set_world(clock(), inbox.world.clone());
+    for (vnic, (reason, time, since)) in std::mem::take(&mut inbox.holds) {
+        let left = time.map(|time| time.saturating_sub(since.elapsed()));
+        let until = left.map(|left| clock() + u64::try_from(left.as_millis()).unwrap_or(u64::MAX / 2));
+        manager.hold(&vnic, &reason, until);
+    }
     let (mut look_at, mut looked) = (Instant::now(), Instant::now());
     let mut waiting: Vec<(String, oneshot::Sender<Settled>)> = Vec::new();
     loop {
@@ -158,6 +166,8 @@ pub(super) fn run(mut setting: Setting, world: World, receiver: &Receiver<Messag
 struct Inbox<'a> {
     receiver: &'a Receiver<Message>,
     world: World,
+    /// vNICs that are to stay on their software path when the NIC is there: why, and for how long from when on.
+    holds: BTreeMap<String, (String, Option<Duration>, Instant)>,
     retiring: bool,
     stopped: bool,
 }
@@ -179,7 +189,12 @@ impl Inbox<'_> {
                     self.retiring = true;
                 }
                 // Those who asked may have gone.
-                Ok(Message::Hold { done, .. } | Message::Release { done, .. }) => {
+                Ok(Message::Hold { vnic, reason, time, done }) => {
+                    self.holds.insert(vnic, (reason, time, Instant::now()));
+                    let _ = done.send(Ok(unavailable(trouble)));
+                }
+                Ok(Message::Release { vnic, done }) => {
+                    self.holds.remove(&vnic);
                     let _ = done.send(Ok(unavailable(trouble)));
                 }
                 Ok(Message::Acknowledge { done, .. }) => {
@@ -205,11 +220,9 @@ fn open(setting: &mut Setting, inbox: &mut Inbox<'_>) -> Option<Box<dyn Nic>> {
         let report = absent(setting, &inbox.world, &trouble, told.as_ref() != Some(&trouble));
         setting.software.report(report);
         // VFs of a NIC that is not there serve nobody, whatever the record says.
-        if told.is_none() && setting.software.set(&setting.switch, Backings::default()).is_err() {
-            inbox.wait(REOPEN, &trouble);
-            continue;
+        if told.is_some() || setting.software.set(&setting.switch, Backings::default()).is_ok() {
+            told = Some(trouble.clone());
         }
-        told = Some(trouble.clone());
         inbox.wait(REOPEN, &trouble);
         if inbox.stopped || inbox.retiring {
             return None;

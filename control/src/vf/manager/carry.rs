@@ -49,7 +49,7 @@ impl Manager {
             Action::UseSoftware => Some(self.use_software(now, name, ticket)),
             Action::Open { vf, .. } => {
                 let vf = *vf;
-                let result = self.open(&action, vf);
+                let result = self.open(name, &action, vf);
                 let opened = result.is_ok();
                 let claim = self.claims.get_mut(name)?;
                 if opened {
@@ -92,10 +92,9 @@ impl Manager {
         }
     }
 
-    pub(super) fn open(&mut self, action: &Action, vf: VfIndex) -> Result<(), EswitchError> {
+    pub(super) fn open(&mut self, name: &str, action: &Action, vf: VfIndex) -> Result<(), EswitchError> {
         // In switchdev mode what the rules do not decide comes to the representor: it must be served.
-        self.set_software()
-            .map_err(|detail| EswitchError::Busy { detail: format!("the representor: {detail}") })?;
+        self.serve(name).map_err(|detail| EswitchError::Busy { detail })?;
         execute(self.parts.nic.eswitch(), action).unwrap_or(Ok(()))?;
         if let Ok(vfs) = self.parts.nic.eswitch().vfs()
             && vfs.iter().any(|one| one.index == vf)
@@ -107,7 +106,7 @@ impl Manager {
 
     pub(super) fn use_hardware(&mut self, name: &str, ticket: u64) -> Event {
         self.set_in_use(name, true);
-        if let Err(text) = self.set_software() {
+        if let Err(text) = self.serve(name) {
             self.set_in_use(name, false);
             return Event::Failed { ticket, class: ErrorClass::Passing, text };
         }
@@ -161,6 +160,7 @@ impl Manager {
             if let Ok(program) = place(&self.world.config, &claim.vnic, &self.capabilities, &self.neighbours)
             {
                 claim.placed = Ok(program.clone());
+                claim.program = Some(program.clone());
                 self.send(now, &other, Event::Replaced(program));
             }
         }
@@ -236,16 +236,14 @@ impl Manager {
 
     /// Lets go of what has no VF any more, and forgets claims that nobody makes.
     pub(super) fn retire(&mut self, _now: u64) {
-        let mut freed = false;
         for claim in self.claims.values_mut().filter(|claim| claim.lifecycle.vf().is_none()) {
-            freed |= claim.backing.take().is_some();
+            claim.backing = None;
+            claim.program = None;
             claim.vf = None;
             claim.waiting = None;
         }
         self.claims.retain(|_, claim| claim.is_wanted || claim.lifecycle.vf().is_some());
-        if freed || self.set.is_none() {
-            // Tried again by the next step, as `set` stays what it was.
-            let _ = self.set_software();
-        }
+        // What fails is tried again by the next step.
+        let _ = self.set_software();
     }
 }

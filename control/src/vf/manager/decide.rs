@@ -15,39 +15,55 @@ impl Manager {
             {
                 claim.hold = None;
             }
-            let config = &self.world.config;
+            let config = &Arc::clone(&self.world.config);
             claim.placed = if claim.is_wanted {
                 place(config, &claim.vnic, &self.capabilities, &self.neighbours)
             } else {
                 Err(Vec::new())
             };
-            let Some(current) = self.program_of(&name) else { continue };
-            let Some(claim) = self.claims.get(&name) else { continue };
-            match &claim.placed {
-                Ok(program) if *program == current => {}
-                Ok(program) => {
-                    let only_neighbours = matches!(program, Program::Switchdev(_))
-                        && place(config, &claim.vnic, &self.capabilities, &before).as_ref() == Ok(&current);
-                    let event = if only_neighbours {
-                        Event::Replaced(program.clone())
-                    } else {
-                        Event::PolicyChanged("its policy has changed".to_owned())
-                    };
-                    self.send(now, &name, event);
+            // What is on its way back is open for a while yet, and must not be open under another policy than the present.
+            let is_leaving = !claim.is_wanted || claim.lifecycle.path() == Path::Draining;
+            let Some(current) = claim.program.clone() else { continue };
+            let present = if claim.is_wanted {
+                Some(&claim.vnic)
+            } else {
+                config.vnics.iter().find(|vnic| vnic.name == name && vnic.switch == self.parts.switch)
+            };
+            let wanted = match present {
+                Some(vnic) => place(config, vnic, &self.capabilities, &self.neighbours),
+                None => Err(Vec::new()),
+            };
+            let holds = |wanted: &Result<Program, _>| wanted.as_ref() == Ok(&current);
+            let only_neighbours = || {
+                matches!(wanted, Ok(Program::Switchdev(_)))
+                    && present.is_some_and(|vnic| holds(&place(config, vnic, &self.capabilities, &before)))
+            };
+            let event = match &wanted {
+                _ if holds(&wanted) || is_leaving && only_neighbours() => {
+                    if claim.is_wanted || claim.lifecycle.path() == Path::Draining {
+                        continue;
+                    }
+                    Event::Revoke("it no longer asks for a VF".to_owned())
+                }
+                Ok(program) if only_neighbours() => Event::Replaced(program.clone()),
+                Ok(_) => Event::PolicyChanged("its policy has changed".to_owned()),
+                Err(uncovered) if uncovered.is_empty() => {
+                    Event::PolicyChanged("it is no longer on this switch".to_owned())
                 }
                 Err(uncovered) => {
                     let features: Vec<&str> = uncovered.iter().map(|one| one.feature.code()).collect();
-                    let text = match (claim.is_wanted, features.as_slice()) {
-                        (false, _) => "it no longer asks for a VF".to_owned(),
-                        (true, features) => {
-                            format!("the NIC cannot enforce its policy: {}", features.join(", "))
-                        }
-                    };
-                    let event =
-                        if claim.is_wanted { Event::PolicyChanged(text) } else { Event::Revoke(text) };
-                    self.send(now, &name, event);
+                    Event::PolicyChanged(format!(
+                        "the NIC cannot enforce its policy: {}",
+                        features.join(", ")
+                    ))
                 }
+            };
+            if let Event::Replaced(program) = &event
+                && let Some(claim) = self.claims.get_mut(&name)
+            {
+                claim.program = Some(program.clone());
             }
+            self.send(now, &name, event);
         }
     }
 
@@ -98,7 +114,12 @@ impl Manager {
                 since: claim.lifecycle.since(),
             })
             .collect();
-        let held: BTreeSet<VfIndex> = self.claims.values().filter_map(|claim| claim.lifecycle.vf()).collect();
+        let held: BTreeSet<VfIndex> = self
+            .claims
+            .values()
+            .filter_map(|claim| claim.lifecycle.vf())
+            .chain(self.orphans.values().map(|held| VfIndex(held.vf)))
+            .collect();
         let mut free: Vec<Vf> = self
             .vfs
             .iter()
@@ -106,7 +127,8 @@ impl Manager {
             .filter(|vf| self.clean.contains(&vf.index) || usage::occupant(vf).is_none())
             .cloned()
             .collect();
-        let decision = allocate(&candidates, free.len() + held.len(), Hysteresis::default(), now);
+        let decision =
+            allocate(&candidates, free.len() + held.len() - self.orphans.len(), Hysteresis::default(), now);
         for name in decision.revokes {
             let reason = match self.claims.get(&name) {
                 Some(Claim { hold: Some(hold), .. }) => hold.reason.clone(),
@@ -161,6 +183,7 @@ impl Manager {
         claim.vf = Some(vf);
         claim.dark_since = None;
         claim.backing = Some(Backing { representor, in_use: false });
+        claim.program = Some(program.clone());
         self.clean.remove(&index);
         self.keep_books();
         self.send(now, name, Event::Grant { vf: index, program });

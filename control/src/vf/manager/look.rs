@@ -8,9 +8,12 @@ impl Manager {
         let before = self.trouble.take();
         self.adopt_abilities();
         self.trouble = self.read_nic(now).err();
-        if let Some(former) = self.former.take() {
+        // A NIC that could not be read now says nothing about the VFs that are in use.
+        let is_known = self.trouble.is_none() || self.is_idle_nic();
+        if is_known && let Some(former) = self.former.take() {
             self.adopt(now, &former);
         }
+        self.clean_orphans();
         if self.trouble.is_none() {
             // Also looks whether somebody has taken addresses out.
             self.filter = None;
@@ -64,11 +67,17 @@ impl Manager {
             self.vfs.clear();
             return Err(format!("the NIC of {pf} is gone; it is used again when it is back"));
         }
+        self.vfs = self.parts.nic.eswitch().vfs().map_err(|error| error.to_string())?;
+        // Whoever sets the interface of a clean VF up is about to use it.
+        let vfs = &self.vfs;
+        self.clean.retain(|index| {
+            let netdev = vfs.iter().find(|vf| vf.index == *index).and_then(|vf| vf.netdev.as_deref());
+            netdev.is_none_or(|netdev| usage::is_up(netdev) != Some(true))
+        });
         if usage::is_up(&pf) == Some(false) {
             self.disturb(now, &format!("{pf} is down"));
             return Err(format!("{pf} is down, and so are its VFs: ip link set {pf} up"));
         }
-        self.vfs = self.parts.nic.eswitch().vfs().map_err(|error| error.to_string())?;
         let mut capabilities = self.parts.nic.eswitch().capabilities().map_err(|error| error.to_string())?;
         self.told_by_nic = capabilities.clone();
         let kind = self.parts.nic.identity().key();
@@ -112,10 +121,12 @@ impl Manager {
         for (name, held) in &former.held {
             let index = VfIndex(held.vf);
             let vf = self.vfs.iter().find(|vf| vf.index == index).cloned();
-            let Some(claim) = self.claims.get_mut(name).filter(|claim| claim.lifecycle.vf().is_none()) else {
+            let Some(claim) = self.claims.get_mut(name) else {
+                self.orphans.insert(name.clone(), held.clone());
                 continue;
             };
-            claim.vf = vf;
+            let gone = || Vf { index, pci: held.pci.clone(), netdev: None, driver: None };
+            claim.vf = Some(vf.unwrap_or_else(gone));
             claim.backing = Some(Backing { representor: held.representor.clone(), in_use: held.in_use });
         }
         // Neighbours first: programs lead to them.
@@ -129,12 +140,14 @@ impl Manager {
             let Some(claim) = self.claims.get_mut(name) else { continue };
             let placed = place(&self.world.config, &claim.vnic, &self.capabilities, &self.neighbours);
             let candidate = claim.candidate(self.parts.nic.netdev());
-            let is_active =
-                held.in_use && claim.vf.is_some() && matches!(claim.plug.is_active(&candidate), Ok(true));
+            let is_active = held.in_use
+                && self.vfs.iter().any(|vf| vf.index == VfIndex(held.vf))
+                && matches!(claim.plug.is_active(&candidate), Ok(true));
             match placed {
                 Ok(program) if is_active => {
                     claim.lifecycle =
                         Lifecycle::adopted(self.parts.timing, now, VfIndex(held.vf), program.clone());
+                    claim.program = Some(program.clone());
                     claim.placed = Ok(program);
                     claim.told = (Path::Hardware, String::new());
                     let text =
@@ -147,6 +160,37 @@ impl Manager {
                     claim.lifecycle = Lifecycle::adopted(self.parts.timing, now, VfIndex(held.vf), program);
                     let text = "the daemon was restarted while it was on its way".to_owned();
                     self.send(now, name, Event::Drifted(text));
+                }
+            }
+        }
+    }
+
+    /// Whether the NIC carries nothing at all now.
+    fn is_idle_nic(&self) -> bool {
+        !self.parts.nic.is_present() || usage::is_up(self.parts.nic.netdev()) == Some(false)
+    }
+
+    /// Closes and cleans VFs that nobody has a claim to any more. Their guests are not asked: their policy is gone.
+    fn clean_orphans(&mut self) {
+        let orphans: Vec<(String, VfIndex)> =
+            self.orphans.iter().map(|(name, held)| (name.clone(), VfIndex(held.vf))).collect();
+        for (name, vf) in orphans {
+            let cleaned = [Action::Close(vf), Action::Clean(vf)]
+                .iter()
+                .try_for_each(|action| execute(self.parts.nic.eswitch(), action).unwrap_or(Ok(())));
+            match cleaned {
+                Ok(()) => {
+                    self.orphans.remove(&name);
+                    self.note(
+                        Severity::Warning,
+                        format!("vnic/{name}: {vf} was left to it by the last daemon, and is taken back"),
+                    );
+                }
+                Err(error) if error.class() == ErrorClass::Gone && !self.parts.nic.is_present() => {
+                    self.orphans.remove(&name);
+                }
+                Err(error) => {
+                    self.note(Severity::Warning, format!("vnic/{name}: {vf} cannot be taken back: {error}"));
                 }
             }
         }

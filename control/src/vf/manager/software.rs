@@ -19,15 +19,39 @@ impl Manager {
     pub(super) fn set_software(&mut self) -> Result<(), String> {
         let backings = self.backings();
         if self.set.as_ref() != Some(&backings) {
-            self.parts.software.set(&self.parts.switch, backings.clone())?;
+            // Until it has answered, nobody knows what it does.
+            self.set = None;
+            self.unattached = self.parts.software.set(&self.parts.switch, backings.clone())?;
+            self.is_filtered = !backings.filtered_uplinks.is_empty();
             self.set = Some(backings);
             self.keep_books();
         }
         Ok(())
     }
 
-    /// Has the PF receive what is for vNICs in software: theirs, and the host's own address on the switch.
+    /// The same for a vNIC whose VF is about to be used: in switchdev mode its representor must be served.
+    pub(super) fn serve(&mut self, name: &str) -> Result<(), String> {
+        if self.unattached.contains(name) {
+            self.set = None;
+        }
+        self.set_software()?;
+        match self.unattached.contains(name) {
+            true => Err(format!("the representor of {name}'s VF is not attached (yet)")),
+            false => Ok(()),
+        }
+    }
+
+    /// Has the PF receive what is for vNICs in software: theirs, and the host's own address on the switch. If it cannot be
+    /// told, it is to be promiscuous: better that than deaf.
     pub(super) fn keep_filter(&mut self) -> Result<(), String> {
+        let kept = self.try_filter();
+        if kept.is_err() {
+            self.filter = None;
+        }
+        kept
+    }
+
+    fn try_filter(&mut self) -> Result<(), String> {
         if self.parts.nic.mode() != Mode::Legacy || self.claims.is_empty() && self.filter.is_none() {
             self.filter = None;
             return Ok(());
@@ -73,9 +97,12 @@ impl Manager {
             .iter()
             .filter_map(|(name, claim)| {
                 let vf = claim.vf.as_ref()?.index.0;
+                let pci = claim.vf.as_ref()?.pci.clone();
                 let backing = claim.backing.clone().unwrap_or_default();
-                Some((name.clone(), Held { vf, in_use: backing.in_use, representor: backing.representor }))
+                let held = Held { vf, pci, in_use: backing.in_use, representor: backing.representor };
+                Some((name.clone(), held))
             })
+            .chain(self.orphans.iter().map(|(name, held)| (name.clone(), held.clone())))
             .collect();
         let filter: BTreeSet<String> =
             self.parts.nic.unicast_filter().iter().map(ToString::to_string).collect();
@@ -84,7 +111,8 @@ impl Manager {
             kind: identity.key(),
             abilities: knowledge::to_record(&self.told_by_nic),
             vfs: self.told_by_nic.max_vfs,
-            is_filtered: self.set.as_ref().is_some_and(|set| !set.filtered_uplinks.is_empty()),
+            netdev: self.parts.nic.netdev().to_owned(),
+            is_filtered: self.is_filtered,
             filter,
             held,
         };

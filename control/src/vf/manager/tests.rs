@@ -63,12 +63,12 @@ struct Software {
 }
 
 impl SoftwarePath for Software {
-    fn set(&mut self, _switch: &str, backings: Backings) -> Result<(), String> {
+    fn set(&mut self, _switch: &str, backings: Backings) -> Result<BTreeSet<String>, String> {
         if *self.is_broken.lock() {
             return Err("the engine will not".into());
         }
         self.set.lock().push(backings);
-        Ok(())
+        Ok(BTreeSet::new())
     }
 
     fn report(&mut self, report: Report) {
@@ -456,4 +456,58 @@ fn neighbours_in_switchdev_mode_are_led_past_a_vf_that_is_to_be_closed() {
         3,
         "granted, verified, active"
     );
+}
+
+#[test]
+fn a_vf_whose_vnic_lost_its_claim_while_nobody_looked_is_taken_back() {
+    let mut bench = Bench::new(2);
+    bench.apply(&[vnic(1, CLAIM), vnic(2, CLAIM)]);
+    bench.run(300);
+    bench.restart();
+    bench.apply(&[vnic(1, "policy: {vlan: {access: 20}}"), vnic(2, CLAIM)]);
+    bench.run(100);
+    assert!(!bench.is_open(0), "its policy is gone: {}", bench.events());
+    assert!(bench.nic.with(|soft| soft.is_pristine(VfIndex(0))));
+    assert_eq!(bench.path("vm2").path(), At::Hardware);
+    let record = RecordFile::new(bench.dir.path(), "blue").read();
+    assert_eq!(record.held.keys().collect::<Vec<_>>(), ["vm2"]);
+}
+
+#[test]
+fn a_vf_on_its_way_back_is_closed_when_the_policy_changes() {
+    let mut bench = Bench::new(1);
+    bench.apply(&[vnic(1, CLAIM)]);
+    bench.run(200);
+    *bench.guest.temper.lock() = Temper::Clings;
+    bench.manager.hold("vm1", "a migration", None);
+    bench.run(40);
+    assert!(bench.is_open(0), "the guest is asked first");
+    bench.apply(&[vnic(1, "policy: {vlan: {access: 20}}, sriov: {attach: {external: {}}}")]);
+    bench.manager.step(bench.now, false);
+    assert!(!bench.is_open(0), "it would send into the old VLAN");
+
+    let mut bench = Bench::new(1);
+    bench.apply(&[vnic(1, CLAIM)]);
+    bench.run(200);
+    *bench.guest.temper.lock() = Temper::Clings;
+    bench.apply(&[vnic(1, "policy: {vlan: {access: 20}}")]);
+    bench.manager.step(bench.now, false);
+    assert!(!bench.is_open(0), "without a claim, and under another policy");
+}
+
+#[test]
+fn a_software_path_that_did_not_answer_is_told_again() {
+    let mut bench = Bench::new(1);
+    bench.apply(&[vnic(1, CLAIM)]);
+    bench.run(200);
+    // It takes the new state, and its answer is lost.
+    *bench.software.is_broken.lock() = true;
+    bench.manager.hold("vm1", "a migration", None);
+    bench.run(60);
+    *bench.software.is_broken.lock() = false;
+    let told = bench.software.set.lock().len();
+    bench.run(200);
+    assert!(bench.software.set.lock().len() > told, "nobody knows what it does");
+    assert_eq!(bench.path("vm1").path(), At::Software);
+    assert_eq!(bench.backing("vm1"), None);
 }

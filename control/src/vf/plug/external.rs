@@ -50,7 +50,8 @@ impl External {
 
     /// Another VF is another matter.
     fn turn_to(&mut self, vf: &Candidate) {
-        let name = (vf.pf.clone(), vf.index);
+        // The PF may be renamed meanwhile.
+        let name = (vf.pci.clone().unwrap_or_else(|| vf.pf.clone()), vf.index);
         if self.vf.as_ref() != Some(&name) {
             self.asked = None;
             self.answered = None;
@@ -110,7 +111,13 @@ impl Plug for External {
         self.turn_to(vf);
         // Who would not take it has nothing to give back.
         if matches!(self.answered, Some((Action::Plug, Err(_)))) && self.asked.is_none() {
+            // The next time it is asked anew.
+            self.answered = None;
             return Ok(Progress::Done);
+        }
+        // What was answered before holds no longer: whoever is given the VF again is asked again.
+        if !matches!(self.answered, Some((Action::Unplug, _))) {
+            self.answered = None;
         }
         let asked = progress(self.ask(Action::Unplug));
         if by_force { Ok(Progress::Done) } else { asked }

@@ -66,10 +66,10 @@ pub struct Losses {
 impl Losses {
     /// Adds another's.
     pub const fn add(&mut self, other: Losses) {
-        self.lost += other.lost;
-        self.duplicated += other.duplicated;
-        self.reordered += other.reordered;
-        self.blackout += other.blackout;
+        self.lost = self.lost.saturating_add(other.lost);
+        self.duplicated = self.duplicated.saturating_add(other.duplicated);
+        self.reordered = self.reordered.saturating_add(other.reordered);
+        self.blackout = self.blackout.saturating_add(other.blackout);
     }
 }
 

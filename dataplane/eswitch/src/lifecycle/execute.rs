@@ -3,6 +3,7 @@
 //! Mailboxes and caches may answer once from before the last write, so a state counts as seen when two readings in a
 //! row show it.
 
+use sluice_policy::net::MacAddr;
 use sluice_policy::placement::{Program, VfIndex, VfSettings};
 
 use super::Action;
@@ -67,9 +68,11 @@ fn clean<E: Eswitch + ?Sized>(eswitch: &mut E, vf: VfIndex) -> Result<(), Eswitc
     absent_is_fine(see(eswitch, vf, "unprogramming the VF", |observed| {
         is_closed(observed)?;
         let is_empty = match &observed.enforced {
-            // Drivers have spoof checking on in new VFs, so it may be on: it only forbids.
+            // Drivers have spoof checking on in new VFs, so it may be on: it only forbids. And some know no way back to "no
+            // address", which does no harm in a closed VF.
             Enforced::Legacy(settings) => {
-                VfSettings { spoofchk: false, ..*settings } == VfSettings::default()
+                let plain = VfSettings { spoofchk: false, mac: MacAddr::default(), ..*settings };
+                plain == VfSettings::default()
             }
             Enforced::Switchdev { program, .. } => program.rules().is_empty(),
         };
