@@ -31,7 +31,8 @@ pub(super) struct Vfs {
     fleet: Option<Fleet>,
     /// What each uplink's thread wants of the engine.
     by_switch: BTreeMap<String, Backings>,
-    paths: BTreeMap<String, v1::PathStatus>,
+    /// By switch and vNIC: one that moves to another switch is on its way back on the first for a while.
+    paths: BTreeMap<String, BTreeMap<String, v1::PathStatus>>,
     nics: BTreeMap<String, v1::NicStatus>,
     outlooks: BTreeMap<String, Outlook>,
     counters: BTreeMap<String, Vec<v1::VfCounters>>,
@@ -63,18 +64,19 @@ impl Vfs {
         self.nics.get(switch)
     }
 
+    /// Where a vNIC is that holds a VF, on whatever switch.
+    fn held(&self, vnic: &str) -> Option<&v1::PathStatus> {
+        self.paths.values().filter_map(|paths| paths.get(vnic)).find(|path| path.vf.is_some())
+    }
+
     /// Where a vNIC is, and why.
     pub(super) fn path(&self, vnic: &sluice_policy::config::Vnic, config: &Config) -> v1::PathStatus {
-        if vnic.wants_vf()
-            && let Some(path) = self.paths.get(&vnic.name)
-        {
+        let here = self.paths.get(&vnic.switch).and_then(|paths| paths.get(&vnic.name));
+        let held = here.filter(|path| path.vf.is_some()).or_else(|| self.held(&vnic.name));
+        if let Some(path) = held.or(here.filter(|_| vnic.wants_vf())) {
             return path.clone();
         }
-        let mut path =
-            self.paths.get(&vnic.name).filter(|path| path.vf.is_some()).cloned().unwrap_or_default();
-        if path.vf.is_some() {
-            return path;
-        }
+        let mut path = v1::PathStatus::default();
         let is_in_use =
             |backings: &Backings| backings.vnics.get(&vnic.name).is_some_and(|backing| backing.in_use);
         if vnic.wants_vf() && self.by_switch.values().any(is_in_use) {
@@ -123,7 +125,7 @@ impl Core {
         if !again && self.vfs.told.as_ref() == Some(&world) {
             return;
         }
-        let all: BTreeSet<(Domain, MacAddr)> = world.1.values().flatten().copied().collect();
+        let all = Arc::new(world.1.clone());
         if let Some(fleet) = &mut self.vfs.fleet {
             fleet.set_world(&World {
                 revision: self.state.revision,
@@ -210,23 +212,11 @@ impl Core {
         for (severity, text) in report.events {
             self.events.note(severity, text);
         }
-        let of_switch: BTreeSet<&str> = self
-            .config
-            .vnics
-            .iter()
-            .filter(|vnic| vnic.switch == report.switch)
-            .map(|vnic| vnic.name.as_str())
-            .collect();
-        self.vfs
-            .paths
-            .retain(|name, _| !of_switch.contains(name.as_str()) || report.paths.contains_key(name));
-        self.vfs.paths.extend(report.paths);
+        self.vfs.paths.insert(report.switch.clone(), report.paths);
         self.vfs.nics.insert(report.switch.clone(), report.nic);
         self.vfs.outlooks.insert(report.switch.clone(), report.outlook);
         self.vfs.counters.insert(report.switch.clone(), report.counters);
         self.vfs.revisions.insert(report.switch, report.revision);
-        let names: BTreeSet<&str> = self.config.vnics.iter().map(|vnic| vnic.name.as_str()).collect();
-        self.vfs.paths.retain(|name, _| names.contains(name.as_str()));
         self.publish();
         self.tell_fleet(false);
     }
@@ -242,7 +232,7 @@ impl Core {
     pub(super) fn plan_paths(&self, config: &Config) -> Vec<v1::Change> {
         let mut changes = Vec::new();
         for vnic in &config.vnics {
-            let held = self.vfs.paths.get(&vnic.name).filter(|path| path.vf.is_some());
+            let held = self.vfs.held(&vnic.name);
             let Some(outlook) = self.vfs.outlooks.get(&vnic.switch) else { continue };
             let current = outlook.programs.get(&vnic.name);
             let mut change = v1::Change { target: format!("vnics/{}", vnic.name), ..v1::Change::default() };
@@ -263,7 +253,7 @@ impl Core {
                     }
                     change.note = "through its software path and back: its VF is programmed anew".to_owned();
                 }
-                (Some(Ok(_)), None) if self.was_uncovered(&vnic.name) => {
+                (Some(Ok(_)), None) if self.was_uncovered(&vnic.switch, &vnic.name) => {
                     change.note =
                         "to a VF, as soon as one is free: the NIC can enforce its policy".to_owned();
                 }
@@ -286,8 +276,8 @@ impl Core {
             && config.switches == self.config.switches
     }
 
-    fn was_uncovered(&self, name: &str) -> bool {
-        let known = self.vfs.paths.get(name);
+    fn was_uncovered(&self, switch: &str, name: &str) -> bool {
+        let known = self.vfs.paths.get(switch).and_then(|paths| paths.get(name));
         known.is_none_or(|path| matches!(path.reason(), Reason::Uncovered | Reason::NotWanted))
     }
 

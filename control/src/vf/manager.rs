@@ -50,8 +50,8 @@ pub struct World {
     pub revision: u64,
     /// The desired state.
     pub config: Arc<Config>,
-    /// Stations learnt behind the uplink, in switchdev mode.
-    pub behind_uplink: BTreeSet<(Domain, MacAddr)>,
+    /// Stations learnt behind uplinks whose NIC is in switchdev mode, by switch.
+    pub behind_uplink: Arc<BTreeMap<String, BTreeSet<(Domain, MacAddr)>>>,
 }
 
 /// What a manager tells.

@@ -91,7 +91,8 @@ impl Manager {
             .filter_map(|(name, claim)| Some((name.clone(), claim.lifecycle.vf()?)))
             .collect();
         // Those that are led to already stay, so that a long list does not make programs change for ever.
-        let known = &self.world.behind_uplink;
+        let nobody = BTreeSet::new();
+        let known = self.world.behind_uplink.get(&self.parts.switch).unwrap_or(&nobody);
         self.neighbours.behind_uplink.retain(|station| known.contains(station));
         for station in known {
             if self.neighbours.behind_uplink.len() >= STATIONS_MAX {
