@@ -8,6 +8,7 @@
 mod counters;
 mod egress;
 mod fdb;
+mod honest;
 mod outgoing;
 mod processor;
 mod tables;

@@ -10,6 +10,7 @@ use sluice_pipeline::{Context, Delivery, DropReason, Sink, Tag, Verdict, decide,
 
 use super::counters::Counters;
 use super::fdb::FdbCopies;
+use super::honest::is_honest;
 use super::outgoing::Outgoing;
 use super::tables::Tables;
 use super::verdicts::Verdicts;
@@ -82,6 +83,11 @@ impl Processor {
             let mut context = Context::default();
             let verdict = decide(&Header::of(frame.bytes()), &view, ingress, length, &mut context);
             match verdict {
+                // Decided on as it came in; what is to be written must not undo that.
+                Verdict::Unicast(_) | Verdict::Flood if !is_honest(frame.offload(), &context.headers) => {
+                    counters.count_drops(ingress, DropReason::MalformedLength, 1);
+                    pool.give(frame);
+                }
                 Verdict::Unicast(delivery) => {
                     if rewrite(&mut frame, context.strip, delivery.tag) {
                         outgoing.push(delivery.port, frame);

@@ -164,19 +164,100 @@ fn super_frames_go_whole_where_they_are_taken_and_are_cut_elsewhere() {
     assert_eq!(bench.region.outstanding(), 0);
 }
 
+/// 50 bytes of an IPv4 packet of this protocol, behind as many tags; zeros where nothing else must be.
+fn ipv4(to: [u8; 6], from: [u8; 6], tags: usize, proto: u8) -> Vec<u8> {
+    let mut bytes = [&to[..], &from].concat();
+    bytes.extend([0x81, 0, 0, 0].repeat(tags));
+    bytes.extend([8, 0, 0x45, 0, 0, 70, 0, 1, 0, 0, 64, proto, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    match proto {
+        6 => bytes.extend([0, 80, 0, 81, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0x10, 1, 0, 0, 0, 0, 0]),
+        17 => bytes.extend([0, 80, 0, 81, 0, 50, 0, 0]),
+        _ => bytes.extend([0; 8]),
+    }
+    bytes.resize(14 + 4 * tags + 70, 7);
+    bytes
+}
+
 #[test]
 fn a_partial_checksum_is_filled_in_only_where_it_must_be() {
     let mut bench = Bench::new(vec![Policy::default(); 3], &[Accepts::ALL, Accepts::ALL, Accepts::default()]);
     let [one, two, three] = bench.ports[..] else { panic!("three ports") };
     for (to, port, is_complete) in [(mac(2), two, false), (mac(3), three, true)] {
-        let mut frame = bench.frame(to, mac(1));
-        let offload = Offload { checksum: Checksum::Partial { start: 20, offset: 6 }, gso: None };
+        let mut frame = bench.pool().copy(&ipv4(to, mac(1), 0, 17)).expect("memory");
+        let offload = Offload { checksum: Checksum::Partial { start: 34, offset: 6 }, gso: None };
         frame.set_offload(offload).expect("it fits");
         bench.process(one, vec![frame], SECOND);
         let received = bench.received(port);
         assert_eq!(received[0].offload().is_complete(), is_complete);
-        assert_eq!(received[0].bytes()[26..28] != [7, 7], is_complete);
+        assert_eq!(received[0].bytes()[40..42] != [0, 0], is_complete);
     }
+}
+
+#[test]
+fn a_checksum_that_would_change_what_was_decided_on_is_refused() {
+    let cases: [(&str, usize, u8, u16, u16, bool); 19] = [
+        ("the source address", 0, 17, 14, 12, false),
+        ("the destination address", 0, 17, 14, 16, false),
+        ("the protocol", 0, 17, 14, 9, false),
+        ("a tag", 1, 17, 14, 0, false),
+        ("ports of UDP", 0, 17, 34, 0, false),
+        ("the length of UDP", 0, 17, 34, 4, false),
+        ("half of the checksum of UDP", 0, 17, 34, 7, false),
+        ("the checksum of UDP", 0, 17, 34, 6, true),
+        ("the checksum of UDP behind a tag", 1, 17, 38, 6, true),
+        ("a checksum in a tunnel", 0, 17, 64, 10, true),
+        ("just behind UDP", 0, 17, 34, 8, true),
+        ("ports of TCP", 0, 6, 34, 2, false),
+        ("flags of TCP", 0, 6, 34, 13, false),
+        ("the checksum of TCP", 0, 6, 34, 16, true),
+        ("the checksum of TCP, summed from elsewhere", 0, 6, 14, 36, true),
+        ("half of the checksum of TCP", 0, 6, 34, 17, false),
+        ("behind the header of TCP", 0, 6, 34, 20, true),
+        ("ICMP", 0, 1, 34, 2, false),
+        ("some protocol's first bytes", 0, 47, 34, 6, false),
+    ];
+    let mut bench = Bench::new(vec![Policy::default(); 3], &[Accepts::default(); 3]);
+    let [one, two, three] = bench.ports[..] else { panic!("three ports") };
+    let mut refused = 0;
+    for (what, tags, proto, start, offset, may) in cases {
+        for to in [mac(2), [0xff; 6]] {
+            let bytes = ipv4(to, mac(1), tags, proto);
+            let mut frame = bench.pool().copy(&bytes).expect("memory");
+            let offload = Offload { checksum: Checksum::Partial { start, offset }, gso: None };
+            frame.set_offload(offload).expect("it fits");
+            bench.process(one, vec![frame], SECOND);
+            bench.received(three);
+            assert_eq!(bench.received(two).len(), usize::from(may), "{what}");
+            refused += u64::from(!may);
+            assert_eq!(bench.engine.drops(one, DropReason::MalformedLength), refused, "{what}");
+        }
+    }
+    // Without IP, and in a later fragment, nothing says where a transport header is.
+    let mut fragment = ipv4(mac(2), mac(1), 0, 17);
+    fragment[21] = 9;
+    for bytes in [plain(mac(2), mac(1)), fragment] {
+        let mut frame = bench.pool().copy(&bytes).expect("memory");
+        let offload = Offload { checksum: Checksum::Partial { start: 34, offset: 6 }, gso: None };
+        frame.set_offload(offload).expect("it fits");
+        bench.process(one, vec![frame], SECOND);
+        assert!(bench.received(two).is_empty());
+    }
+    assert_eq!(bench.engine.drops(one, DropReason::MalformedLength), refused + 2);
+    assert_eq!(bench.region.outstanding(), 0);
+}
+
+#[test]
+fn a_super_frame_is_cut_only_at_the_headers_that_were_decided_on() {
+    let mut bench = Bench::new(vec![Policy::default(); 2], &[Accepts::ALL; 2]);
+    let [one, two] = bench.ports[..] else { panic!("two ports") };
+    let honest = super_frame(bench.pool(), mac(2), mac(1)).expect("memory");
+    let gso = honest.offload().gso;
+    let mut elsewhere = bench.pool().copy(honest.bytes()).expect("memory");
+    let checksum = Checksum::Partial { start: 60, offset: 16 };
+    elsewhere.set_offload(Offload { checksum, gso }).expect("it fits");
+    bench.process(one, vec![elsewhere, honest], SECOND);
+    assert_eq!(bench.received(two).len(), 1);
+    assert_eq!(bench.engine.drops(one, DropReason::MalformedLength), 1);
 }
 
 #[test]
