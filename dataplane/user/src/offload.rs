@@ -3,7 +3,7 @@
 //! Frames come from guests, so nothing in their headers is believed: what does not add up is refused, and the frame dropped.
 //! Called by workers, for the frames that need it.
 
-use sluice_pipeline::{ethertype, ip_proto};
+use sluice_pipeline::{L3_WINDOW, ethertype, ip_proto};
 
 use crate::frame::{Checksum, Frame, Gso, GsoKind, Offload, Pool};
 use crate::port::Accepts;
@@ -143,7 +143,15 @@ impl Layout {
         let header = if is_tcp { usize::from(*bytes.get(l4 + 12)? >> 4) * 4 } else { 8 };
         let shortest = if is_tcp { 20 } else { 8 };
         let payload = l4 + header;
-        (header >= shortest && payload < bytes.len()).then_some(Layout { is_ipv6, is_tcp, l3, l4, payload })
+        // Each segment gets a copy of the headers: they end where those of all frames have to.
+        let is_near = payload <= l3 + L3_WINDOW as usize;
+        (header >= shortest && is_near && payload < bytes.len()).then_some(Layout {
+            is_ipv6,
+            is_tcp,
+            l3,
+            l4,
+            payload,
+        })
     }
 }
 

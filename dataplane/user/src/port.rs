@@ -14,6 +14,10 @@ use crate::frame::{Frame, Pool};
 /// Most frames of a batch.
 pub const BATCH: usize = 32;
 
+/// Segments of super-frames after which a batch from a guest is over, however few frames it has. It bounds how long a
+/// guest can keep a worker with cutting; batches of super-frames for ordinary links stay below.
+pub const BATCH_SEGMENTS: usize = 4096;
+
 /// Frames on their way together, in order.
 #[derive(Debug)]
 pub struct Batch {

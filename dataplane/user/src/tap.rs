@@ -17,7 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, readv, writev};
 
 use crate::frame::{Checksum, HEADROOM, LARGE_CHUNK, Offload, Pool, SMALL_CHUNK};
-use crate::port::{Accepts, Batch, Receive, Transmit};
+use crate::port::{Accepts, BATCH_SEGMENTS, Batch, Receive, Transmit};
 use crate::vhost::header::{DATA_VALID, Header, MAX_HEADER, header_for};
 
 /// What the kernel takes from us. Datagrams are cut here: older kernels do not take super-frames of UDP.
@@ -175,10 +175,14 @@ impl FromTap {
 impl Receive for FromTap {
     fn receive(&mut self, pool: &mut Pool, batch: &mut Batch) {
         let mut attempts = batch.room();
-        while attempts > 0 && !self.device.is_gone() {
+        let mut segments = 0;
+        while attempts > 0 && segments < BATCH_SEGMENTS && !self.device.is_gone() {
             attempts -= 1;
             match self.read(pool) {
-                Some(Some(frame)) => batch.push(frame),
+                Some(Some(frame)) => {
+                    segments += frame.offload().segments(frame.len());
+                    batch.push(frame);
+                }
                 Some(None) => {}
                 None => return,
             }

@@ -6,7 +6,11 @@ use super::counters::{Counters, add};
 use super::tables::Tables;
 use crate::frame::{Frame, Pool};
 use crate::offload;
-use crate::port::{BATCH, Batch, Transmit};
+use crate::port::{BATCH, BATCH_SEGMENTS, Batch, Transmit};
+
+/// Segments that are made for one batch, over all ports. A batch to single ports stays below; one that is flooded to many ports
+/// that take no super-frames would keep the worker, and is cut for as many of them as this allows.
+const SEGMENTS: usize = 4 * BATCH_SEGMENTS;
 
 /// Frames of one batch by the port that they leave by.
 #[derive(Debug)]
@@ -51,6 +55,7 @@ impl Outgoing {
     /// Sends everything, and counts it.
     pub(super) fn send(&mut self, tables: &Tables, pool: &mut Pool, counters: &Counters) {
         let Outgoing { groups, used, queue, fit } = self;
+        let mut segments = SEGMENTS;
         for group in &mut groups[..*used] {
             let way = Way { port: group.port, counters };
             let Some(egress) = tables.port(group.port).and_then(|port| port.egress.as_ref()) else {
@@ -64,7 +69,7 @@ impl Outgoing {
             if group.frames.frames().iter().all(|frame| accepts.takes(&frame.offload())) {
                 way.send(&mut **queue, pool, &mut group.frames);
             } else {
-                way.send_fit(&mut **queue, pool, &mut group.frames, fit);
+                way.send_fit(&mut **queue, pool, &mut group.frames, fit, &mut segments);
             }
             queue.flush();
         }
@@ -108,9 +113,16 @@ impl Way<'_> {
     }
 
     /// Sends frames of which some need work first, in order. A super-frame counts as one frame, however many segments it
-    /// becomes.
+    /// becomes; `segments` is how many may still be made.
     #[cold]
-    fn send_fit(&self, queue: &mut dyn Transmit, pool: &mut Pool, frames: &mut Batch, fit: &mut Batch) {
+    fn send_fit(
+        &self,
+        queue: &mut dyn Transmit,
+        pool: &mut Pool,
+        frames: &mut Batch,
+        fit: &mut Batch,
+        segments: &mut usize,
+    ) {
         let accepts = queue.accepts();
         for mut frame in frames.drain() {
             if accepts.takes(&frame.offload()) {
@@ -118,9 +130,13 @@ impl Way<'_> {
             } else if frame.offload().gso.is_none() {
                 offload::fill_checksum(&mut frame);
                 fit.push(frame);
-            } else {
+            } else if let Some(left) = segments.checked_sub(frame.offload().segments(frame.len())) {
+                *segments = left;
                 self.send(queue, pool, fit);
                 self.send_segments(queue, pool, &frame, fit);
+                pool.give(frame);
+            } else {
+                self.count_failed(1);
                 pool.give(frame);
             }
         }

@@ -1,6 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU16;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sluice_pipeline::DropReason;
 use sluice_pipeline::tables::{FDB_MAX, FdbKey, Vlan};
@@ -71,7 +72,11 @@ struct Bench {
 
 impl Bench {
     fn new(policies: Vec<Policy>, accepts: &[Accepts]) -> Bench {
-        let region = Region::new(RegionLayout { small: 512, large: 16 }).expect("memory");
+        Bench::with_memory(policies, accepts, RegionLayout { small: 512, large: 16 })
+    }
+
+    fn with_memory(policies: Vec<Policy>, accepts: &[Accepts], layout: RegionLayout) -> Bench {
+        let region = Region::new(layout).expect("memory");
         let engine = Engine::new();
         let processor = Processor::new(&engine, &region, 0);
         let (image, ports) = image(policies);
@@ -258,6 +263,55 @@ fn a_super_frame_is_cut_only_at_the_headers_that_were_decided_on() {
     bench.process(one, vec![elsewhere, honest], SECOND);
     assert_eq!(bench.received(two).len(), 1);
     assert_eq!(bench.engine.drops(one, DropReason::MalformedLength), 1);
+}
+
+/// Takes nothing but plain frames, and counts them.
+#[derive(Debug)]
+struct Counting(Arc<AtomicUsize>);
+
+impl Transmit for Counting {
+    fn transmit(&mut self, pool: &mut Pool, batch: &mut Batch) -> usize {
+        let sent = batch.len();
+        self.0.fetch_add(sent, Ordering::Relaxed);
+        batch.give(pool);
+        sent
+    }
+
+    fn accepts(&self) -> Accepts {
+        Accepts::default()
+    }
+}
+
+#[test]
+fn a_flood_of_super_frames_is_cut_for_so_many_ports_only() {
+    let copies = RegionLayout { small: 512, large: 8 * BATCH as u32 };
+    let mut bench = Bench::with_memory(vec![Policy::default(); 9], &[], copies);
+    let made = Arc::new(AtomicUsize::new(0));
+    for port in &bench.ports {
+        bench.engine.attach(*port, vec![Box::new(Counting(Arc::clone(&made)))]);
+    }
+    let frame = |bench: &mut Bench, to| {
+        let mut frame = super_frame(bench.pool(), to, mac(1)).expect("memory");
+        let offload = frame.offload();
+        let gso = offload.gso.map(|gso| Gso { size: NonZeroU16::new(48).expect("not 0"), ..gso });
+        frame.set_offload(Offload { gso, ..offload }).expect("it fits");
+        frame
+    };
+    let one = bench.ports[0];
+    let frames = (0..BATCH).map(|_| frame(&mut bench, [0xff; 6])).collect();
+    bench.process(one, frames, SECOND);
+    let flooded = made.swap(0, Ordering::Relaxed);
+    assert!((15_000..=16_384).contains(&flooded), "{flooded} segments");
+    let failed = |bench: &Bench| -> u64 {
+        bench.ports.iter().map(|port| bench.engine.drops(*port, DropReason::EgressFailed)).sum()
+    };
+    assert_eq!(flooded / 105 + failed(&bench) as usize, 8 * BATCH, "each copy is sent or counted");
+    // For one port there is room.
+    let before = failed(&bench);
+    let frames = (0..BATCH).map(|_| frame(&mut bench, mac(2))).collect();
+    bench.process(one, frames, SECOND);
+    assert_eq!((made.load(Ordering::Relaxed), failed(&bench)), (105 * BATCH, before));
+    assert_eq!(bench.region.outstanding(), 0);
 }
 
 #[test]

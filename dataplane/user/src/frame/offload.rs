@@ -78,6 +78,13 @@ impl Offload {
         self.gso.is_none() && !matches!(self.checksum, Checksum::Partial { .. })
     }
 
+    /// How many segments a frame of `length` bytes becomes, at most; 0 if it is no super-frame. It is a measure of the work that
+    /// may come of the frame.
+    #[inline]
+    pub fn segments(&self, length: usize) -> usize {
+        self.gso.map_or(0, |gso| length.div_ceil(usize::from(gso.size.get())))
+    }
+
     /// Whether it fits a frame of `length` bytes.
     ///
     /// # Errors

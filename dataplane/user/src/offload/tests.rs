@@ -212,6 +212,20 @@ fn a_guest_cannot_ask_for_a_flood_of_segments() {
 }
 
 #[test]
+fn a_guest_cannot_have_long_headers_copied_into_each_segment() {
+    let mut pool = pool();
+    for (between, may) in [(168, true), (176, false), (40_000, false)] {
+        let (mut bytes, l3, l4) = super_frame(true, true, 0, 0, &[0; 9000]);
+        bytes[l3 + 6] = 60;
+        bytes.splice(l4..l4, vec![0; between]);
+        let mut frame = pool.copy(&bytes).expect("memory");
+        frame.set_offload(offload(true, true, l4 + between, 1000)).expect("it fits");
+        let cut = segment(&mut pool, &frame, &mut |pool, segment| pool.give(segment));
+        assert_eq!(cut, if may { Ok(()) } else { Err(Unfit::Headers) }, "{between} bytes between");
+    }
+}
+
+#[test]
 fn only_what_the_other_end_takes_is_sent_as_it_is() {
     let whole = Offload::default();
     let partial = Offload { checksum: Checksum::Partial { start: 34, offset: 16 }, gso: None };

@@ -5,6 +5,8 @@
 
 use std::num::NonZeroU16;
 
+use sluice_pipeline::L3_WINDOW;
+
 use super::error::FrameFault;
 use crate::frame::{Checksum, Gso, GsoKind, Offload};
 use crate::port::Accepts;
@@ -136,7 +138,9 @@ fn headers_len(frame: &[u8], kind: GsoKind, transport: usize, offset: usize) -> 
     };
     let smallest = if protocol == TCP { 20 } else { 8 };
     let end = transport + header;
-    (header >= smallest && offset == checksum_at && end < frame.len()).then_some(end)
+    // Each segment gets a copy of the headers: they end where those of all frames have to.
+    let is_near = end <= network + L3_WINDOW as usize;
+    (header >= smallest && is_near && offset == checksum_at && end < frame.len()).then_some(end)
 }
 
 fn transport_of(kind: GsoKind) -> u8 {
@@ -293,6 +297,20 @@ mod tests {
         let valid = Offload { checksum: Checksum::Valid, gso: None };
         assert_eq!(header_for(&frame, valid, checksum).unwrap()[0], DATA_VALID);
         assert_eq!(header_for(&frame, valid, Accepts::default()).unwrap()[0], 0);
+    }
+
+    #[test]
+    fn headers_end_where_those_of_all_frames_have_to() {
+        for (extensions, is_taken) in [(0, true), (168, true), (176, false), (30_000, false)] {
+            let mut frame = vec![0; 14 + 40 + extensions + 20 + 9000];
+            frame[12..14].copy_from_slice(&IPV6.to_be_bytes());
+            frame[14] = 0x60;
+            frame[20] = if extensions == 0 { TCP } else { 60 };
+            let transport = 54 + extensions;
+            frame[transport + 12] = 0x50;
+            let asked = header(NEEDS_CSUM, GSO_TCPV6, 1448, transport as u16, 16);
+            assert_eq!(asked.offload(&frame, Accepts::ALL).is_ok(), is_taken, "{extensions} bytes between");
+        }
     }
 
     proptest::proptest! {

@@ -22,14 +22,16 @@ use super::notify::EventFd;
 use super::ring::{SplitRing, WRITE};
 use super::sigbus::breaks;
 use crate::frame::{Frame, Pool};
-use crate::port::{Accepts, Batch};
+use crate::port::{Accepts, BATCH_SEGMENTS, Batch};
 
 /// Ethernet header.
 const SHORTEST_FRAME: usize = 14;
 /// Ethernet header with two tags, and the longest IP packet.
 const LONGEST_FRAME: usize = 22 + 65535;
-/// Descriptors that one batch may look at. It bounds how long a guest can keep a worker, whatever its chains are like.
-const BATCH_WORK: usize = 4 * MAX_CHAIN as usize;
+/// Descriptors that one batch may look at, and segments that its super-frames may become. It bounds how long a guest can
+/// keep a worker, whatever its chains are like.
+const BATCH_WORK: usize = BATCH_SEGMENTS;
+const _: () = assert!(BATCH_WORK >= 4 * MAX_CHAIN as usize, "a batch has room for the longest chains");
 
 /// What a queue is served with.
 #[derive(Debug)]
@@ -365,6 +367,7 @@ impl Live {
             pool.give(frame);
             return Ok(self.give_back(head, fault));
         }
+        *work += frame.offload().segments(len);
         self.complete(head, 0);
         batch.push(frame);
         Ok(Taken::Frame(len as u64))

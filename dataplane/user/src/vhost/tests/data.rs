@@ -202,6 +202,27 @@ fn super_frames_pass_from_guest_to_guest() {
 }
 
 #[test]
+fn super_frames_of_many_segments_end_a_batch() {
+    let mut bytes = frame(30_000, 0);
+    bytes[12..14].copy_from_slice(&[0x08, 0]);
+    bytes[14] = 0x45;
+    bytes[20..22].copy_from_slice(&[0x40, 0]);
+    bytes[23] = 6;
+    bytes[46] = 0x50;
+    for (size, batches) in [(48, [7, 1]), (1448, [8, 0])] {
+        let mut from = Rig::new(FROM_GUEST, 16, all_features());
+        let header = [1, 1, 54, 0, size as u8, (size >> 8) as u8, 34, 0, 16, 0, 0, 0];
+        from.ram.write(BUFFERS, &[&header[..], &bytes].concat());
+        for _ in 0..8 {
+            from.ring.post(&from.ram, &[(BUFFERS, 30_012, 0)]);
+        }
+        from.ring.show(&from.ram);
+        assert_eq!(batches.map(|_| from.receive().len()), batches, "segments of {size}");
+        assert_eq!(from.queue.state(), QueueState::Running);
+    }
+}
+
+#[test]
 fn interrupts_are_coalesced_and_asked_for() {
     let mut rig = Rig::new(TO_GUEST, 64, FEATURES);
     for index in 0..64 {
