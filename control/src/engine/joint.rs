@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use sluice_kernel::{EngineError, FdbRow, FdbSweep, Observation, PortStatus, SyncReport};
+use sluice_kernel::{EngineError, FdbRow, FdbSweep, Observation, PortState, PortStatus, SyncReport};
 use sluice_pipeline::DropReason;
 use sluice_pipeline::tables::{PortStats, RuleStats};
 use sluice_policy::image::{Behind, Binding, Image};
@@ -32,8 +32,10 @@ pub trait UserPlane {
     fn trouble(&self, netdev: &str) -> Option<String>;
     /// Whether a vhost-user port is open for its guest.
     fn is_open(&self, port: &str) -> bool;
-    /// Makes tables and open ports equal to the image.
+    /// Makes tables and open ports equal to the image, and parts from trunks that are not in it.
     fn sync(&mut self, image: &Image) -> UserReport;
+    /// Serves these trunks, by interface with the port's number, and parts from all others. Says what was done.
+    fn serve_trunks(&mut self, attached: &BTreeMap<&str, u32>) -> Vec<String>;
     /// Forgets learnt addresses that are too old.
     fn age_fdb(&mut self);
     /// Learnt addresses.
@@ -127,11 +129,22 @@ impl<K: DataPlane, U: UserPlane> DataPlane for JointEngine<K, U> {
             Behind::UserTap => Server::Both,
         };
         self.servers = image.ports.iter().map(|(id, port)| (*id, server(&port.behind))).collect();
-        // A guest's policy is in force before the kernel sends it anything, and after it has ceased to.
+        // A guest's policy is in force before the kernel sends it anything, and after it has ceased to; and the kernel's
+        // before it gets anything of a guest.
         let UserReport { changes, ports } = self.user.sync(&parts.user);
         let mut report = self.kernel.sync(&parts.kernel)?;
         report.observe_again |= !changes.is_empty();
         report.link_changes.extend(changes);
+        // What is sent to a tap without the kernel engine's program would be the host's to receive.
+        let is_attached =
+            |name: &String| report.ports.get(name).is_some_and(|port| port.state == PortState::Attached);
+        let trunks = image.ports.iter().filter(|(_, port)| port.behind == Behind::UserTap);
+        let attached = trunks
+            .filter(|(_, port)| is_attached(&port.name))
+            .map(|(id, port)| (port.netdev.as_str(), *id))
+            .collect();
+        let served = self.user.serve_trunks(&attached);
+        report.link_changes.extend(served);
         report.ports.extend(ports);
         Ok(report)
     }

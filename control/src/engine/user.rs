@@ -83,7 +83,7 @@ struct Open {
 #[derive(Debug)]
 struct Trunk {
     tap: Tap,
-    /// The port that serves it, once one does.
+    /// The port that serves it, while one does.
     id: Option<u32>,
 }
 
@@ -126,12 +126,27 @@ impl UserEngine {
         }
     }
 
-    fn release(&mut self, trunk: &Trunk) {
-        if let (Some(id), Some(running)) = (trunk.id, &self.running) {
+    /// Parts a tap from the port that serves it; `false` if none does.
+    fn part(running: Option<&Running>, trunk: &mut Trunk) -> bool {
+        let Some(id) = trunk.id.take() else { return false };
+        if let Some(running) = running {
             running.engine.detach(id);
             // As above.
             let _ = running.workers.remove(QueueId { port: id, queue: 0 });
         }
+        true
+    }
+
+    /// Parts all trunks but those that `is_kept` keeps by interface and number; says which.
+    fn part_others(&mut self, is_kept: impl Fn(&str, u32) -> bool) -> Vec<String> {
+        let mut done = Vec::new();
+        for (netdev, trunk) in &mut self.taps {
+            let is_kept = trunk.id.is_none_or(|id| is_kept(netdev, id));
+            if !is_kept && Self::part(self.running.as_ref(), trunk) {
+                done.push(format!("{netdev} is not served any more"));
+            }
+        }
+        done
     }
 
     fn open(&mut self, id: u32, name: &str, rings: &VhostUser) -> Result<(), UserError> {
@@ -297,8 +312,8 @@ impl UserPlane for UserEngine {
         };
         let over: Vec<String> = self.taps.iter().filter_map(is_over).collect();
         for name in over {
-            if let Some(trunk) = self.taps.remove(&name) {
-                self.release(&trunk);
+            if let Some(mut trunk) = self.taps.remove(&name) {
+                Self::part(self.running.as_ref(), &mut trunk);
                 done.push(format!("removed the tap {name}"));
             }
         }
@@ -347,6 +362,10 @@ impl UserPlane for UserEngine {
             self.close(&name);
             report.changes.push(format!("closed {name}"));
         }
+        let trunks = |netdev: &str, id| {
+            image.ports.get(&id).is_some_and(|port| port.behind == Behind::UserTap && port.netdev == netdev)
+        };
+        report.changes.extend(self.part_others(trunks));
         // Tables first: whoever connects finds its policy.
         if self.image != *image {
             self.image = image.clone();
@@ -364,16 +383,24 @@ impl UserPlane for UserEngine {
                 Err(error) => drop(self.failed.insert((*name).to_owned(), error.to_string())),
             }
         }
-        for (id, port) in image.ports.iter().filter(|(_, port)| port.behind == Behind::UserTap) {
-            match self.serve(*id, &port.netdev) {
-                Ok(true) => report.changes.push(format!("{} is served by {}", port.netdev, port.name)),
-                Ok(false) => {}
-                Err(error) => drop(self.troubles.insert(port.netdev.clone(), error.to_string())),
-            }
-        }
         let statuses = wanted.iter().map(|(name, (_, rings))| ((*name).to_owned(), self.status(name, rings)));
         report.ports = statuses.collect();
         report
+    }
+
+    fn serve_trunks(&mut self, attached: &BTreeMap<&str, u32>) -> Vec<String> {
+        let mut done = self.part_others(|netdev, id| attached.get(netdev) == Some(&id));
+        for (&netdev, id) in attached {
+            match self.serve(*id, netdev) {
+                Ok(true) => {
+                    self.troubles.remove(netdev);
+                    done.push(format!("{netdev} is served by port {id}"));
+                }
+                Ok(false) => {}
+                Err(error) => drop(self.troubles.insert(netdev.to_owned(), error.to_string())),
+            }
+        }
+        done
     }
 
     fn age_fdb(&mut self) {

@@ -28,11 +28,15 @@ struct World {
     fdb: Vec<FdbRow>,
     frames: Vec<(u32, Vec<u8>)>,
     traced: Vec<u32>,
+    /// Trunks that are served.
+    served: BTreeMap<String, u32>,
+    /// How often the kernel engine had synced when trunks were served.
+    syncs: usize,
 }
 
 /// A userspace engine that counts 100 of everything.
 #[derive(Default)]
-struct FakeUser(Mutex<World>);
+struct FakeUser(Mutex<World>, FakeEngine);
 
 impl FakeUser {
     fn with<T>(&self, look: impl FnOnce(&mut World) -> T) -> T {
@@ -65,6 +69,15 @@ impl UserPlane for FakeUser {
             let ports = names.map(|name| (name.clone(), status.clone())).collect();
             UserReport { changes: std::mem::take(&mut world.changes), ports }
         })
+    }
+
+    fn serve_trunks(&mut self, attached: &BTreeMap<&str, u32>) -> Vec<String> {
+        let syncs = self.1.world().syncs;
+        self.with(|world| {
+            world.syncs = syncs;
+            world.served = attached.iter().map(|(netdev, id)| ((*netdev).to_owned(), *id)).collect();
+        });
+        Vec::new()
     }
 
     fn age_fdb(&mut self) {}
@@ -112,7 +125,7 @@ impl Bench {
         lower::assign_ids(&config, &mut ids).expect("numbers");
         let ports = lower::ports(&config);
         let kernel = FakeEngine::with_netdevs(&["tap1", &lower::user_tap_netdev("blue")]);
-        let engine = JointEngine::new(kernel.clone(), FakeUser::default());
+        let engine = JointEngine::new(kernel.clone(), FakeUser(Mutex::default(), kernel.clone()));
         Bench { engine, kernel, ids, ports, config }
     }
 
@@ -157,6 +170,27 @@ fn rings_are_no_interface_and_trunks_are_made() {
     assert!(look(&bench).bindings.contains_key("vnic/vm2"));
     bench.engine.user.with(|world| world.trouble = Some("no module".to_owned()));
     assert_eq!(look(&bench).absent["user/blue"], "no module");
+}
+
+#[test]
+fn a_trunk_is_served_while_the_kernel_has_its_program_on_it() {
+    let mut bench = Bench::new();
+    let served = |bench: &Bench| bench.engine.user.with(|world| (world.served.clone(), world.syncs));
+    // There is no interface yet.
+    bench.sync(&Bindings::new());
+    assert_eq!(served(&bench), (BTreeMap::new(), 1));
+    let bindings = bench.engine.observe(&bench.ports).expect("fakes do not fail").bindings;
+    bench.sync(&bindings);
+    let trunk = BTreeMap::from([(lower::user_tap_netdev("blue"), bench.id("user/blue"))]);
+    assert_eq!(served(&bench), (trunk.clone(), 2), "when the kernel has synced");
+    // A kernel engine that fails says nothing of its programs.
+    bench.kernel.world().broken = true;
+    let image = lower::lower(&bench.config, &bench.ids, &bindings).expect("an image");
+    assert!(bench.engine.sync(&image).is_err());
+    assert_eq!(served(&bench), (trunk, 2));
+    bench.kernel.world().broken = false;
+    bench.sync(&Bindings::new());
+    assert_eq!(served(&bench).0, BTreeMap::new(), "the program is gone");
 }
 
 #[test]
