@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::Parser;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sluice_kernel::{Engine, EngineError, EngineOptions, LinkMonitor};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -95,6 +96,9 @@ fn io_error(operation: &'static str) -> impl FnOnce(io::Error) -> DaemonError {
 pub fn run(args: &Args) -> Result<(), DaemonError> {
     let paths = Paths::new(&args.state_dir, args.config.as_deref())?;
     init_log(paths.log.as_deref());
+    if let Err(error) = raise_descriptor_limit() {
+        tracing::warn!("raising the limit of open files: {error}; many vhost-user ports may not fit");
+    }
     if args.purge {
         return purge(&paths);
     }
@@ -120,6 +124,13 @@ pub fn run(args: &Args) -> Result<(), DaemonError> {
         tracing::error!("the reconciler panicked");
     }
     served
+}
+
+/// Takes all open files that this process may have: guests' queues and memory need several each, and the usual soft limit is
+/// for programs that call `select`.
+fn raise_descriptor_limit() -> nix::Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) }
 }
 
 fn init_log(filter: Option<&str>) {
@@ -223,4 +234,18 @@ fn purge(paths: &Paths) -> Result<(), DaemonError> {
     std::fs::remove_dir_all(&paths.runtime_dir).map_err(io_error("removing the runtime directory"))?;
     tracing::info!("detached everything and removed {}", paths.pin_dir.display());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_open_files_that_are_allowed_are_taken() {
+        let limits = || getrlimit(Resource::RLIMIT_NOFILE).expect("the process has limits");
+        let (_, hard) = limits();
+        setrlimit(Resource::RLIMIT_NOFILE, hard - 1, hard).expect("anyone may have less");
+        raise_descriptor_limit().expect("anyone may have what is allowed");
+        assert_eq!(limits(), (hard, hard));
+    }
 }
