@@ -277,6 +277,9 @@ impl Live {
         batch: &mut Batch,
         counters: &Counters,
     ) -> Result<(), QueueError> {
+        if self.is_lost() {
+            return Err(QueueError::MemoryLost);
+        }
         let waiting = self.waiting()?.min(batch.room());
         if waiting == 0 {
             return if self.is_lost() { Err(QueueError::MemoryLost) } else { Ok(()) };
@@ -412,6 +415,10 @@ impl Live {
         counters: &Counters,
         sent: &mut usize,
     ) -> Result<(), QueueError> {
+        // Whatever is put into memory that went away, is put into pages of this process.
+        if self.is_lost() {
+            return Err(QueueError::MemoryLost);
+        }
         let mut waiting = self.waiting()?;
         let mut bytes = 0;
         let mut result = Ok(());

@@ -146,6 +146,11 @@ impl Queue {
         if self.fault.is_some() {
             return Ok(());
         }
+        if memory.is_broken() {
+            // There is nothing behind it but zeros of our own.
+            self.fault = Some(QueueError::MemoryLost);
+            return Ok(());
+        }
         let ring = SplitRing::new(memory, &addresses, self.size)?;
         let used = ring.used_index();
         // The queue gives chains back in the order in which it takes them, and none stays with it between batches: whatever the base,

@@ -155,6 +155,10 @@ fn replace(address: usize) -> bool {
                 -1,
                 0,
             );
+            if at != libc::MAP_FAILED {
+                // A stray write costs a page, not a huge one. Where that is refused, it is only dearer.
+                libc::madvise(at, len, libc::MADV_NOHUGEPAGE);
+            }
             *libc::__errno_location() = errno;
             if at == libc::MAP_FAILED {
                 return false;

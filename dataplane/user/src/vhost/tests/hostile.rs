@@ -4,7 +4,7 @@ use super::setup::{BUFFERS, FEATURES, FROM_GUEST, RAM, Rig, TO_GUEST, all_featur
 use crate::vhost::driver::{GUEST_BASE, INDIRECT, NEXT, WRITE};
 use crate::vhost::error::{FrameFault, QueueError, SetupError};
 use crate::vhost::features::bit;
-use crate::vhost::queue::QueueState;
+use crate::vhost::queue::{Kick, QueueState};
 use crate::vhost::ring::RingAddresses;
 
 /// The queue stopped with this error; nothing more is served until it is set up anew, and then everything is.
@@ -312,6 +312,48 @@ fn memory_that_shrinks() {
     assert_eq!(rig.queue.state(), QueueState::Stopped(QueueError::MemoryLost));
     // Another guest, at the same time, is not touched.
     assert_serves(&mut Rig::new(FROM_GUEST, 8, FEATURES));
+}
+
+#[test]
+fn nothing_is_served_from_memory_that_is_gone() {
+    for index in [FROM_GUEST, TO_GUEST] {
+        let mut rig = Rig::new(index, 8, FEATURES);
+        // Somebody else finds out, and what looks like a ring is written to the pages that are there now.
+        rig.ram.truncate(0).unwrap();
+        assert_eq!(rig.ram.read(BUFFERS, 1), [0]);
+        let flags = if index == TO_GUEST { WRITE } else { 0 };
+        rig.ring.post(&rig.ram, &[(BUFFERS, 1000, flags)]);
+        rig.ring.show(&rig.ram);
+        match index {
+            TO_GUEST => assert_eq!(rig.deliver(&[&frame(500, 1)]), Some(0)),
+            _ => assert!(rig.receive().is_empty()),
+        }
+        assert_eq!(rig.queue.state(), QueueState::Stopped(QueueError::MemoryLost));
+        assert_eq!(rig.ram.read(BUFFERS, 500), [0; 500]);
+        assert_eq!(rig.ring.device_index(&rig.ram), 0, "not even that something was done is written");
+        // It does not start on it either, whatever the front-end says.
+        rig.queue.stop(&rig.counters);
+        rig.queue.set_kick(Kick::Polled, &rig.counters).unwrap();
+        assert_eq!(rig.queue.state(), QueueState::Stopped(QueueError::MemoryLost));
+        assert_eq!(rig.deliver(&[&frame(500, 1)]), None);
+    }
+}
+
+#[test]
+fn a_stray_write_to_memory_that_is_gone_costs_no_huge_page() {
+    if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+        // There is nothing to be told of.
+        return;
+    }
+    let rig = Rig::new(FROM_GUEST, 8, FEATURES);
+    rig.ram.truncate(0).unwrap();
+    assert_eq!(rig.ram.read(BUFFERS, 1), [0]);
+    let address = rig.ram.memory().locate(GUEST_BASE, 1).unwrap().as_ptr() as usize;
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let begins = format!("{address:x}-");
+    let mut of_mapping = smaps.lines().skip_while(|line| !line.starts_with(&begins));
+    let flags = of_mapping.find(|line| line.starts_with("VmFlags:")).expect("the mapping is there");
+    assert!(flags.split_whitespace().any(|flag| flag == "nh"), "{flags}");
 }
 
 #[test]
