@@ -126,7 +126,7 @@ pub fn run(args: &Args) -> Result<(), DaemonError> {
     served
 }
 
-/// Takes all open files that this process may have: guests' queues and memory need several each, and the usual soft limit is
+/// Takes all open files that this process may have: guests' queues need several each, and the usual soft limit is
 /// for programs that call `select`.
 fn raise_descriptor_limit() -> nix::Result<()> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
