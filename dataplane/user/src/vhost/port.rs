@@ -110,6 +110,8 @@ pub(super) struct Slot {
     pub(super) counters: Counters,
     pub(super) event: Arc<OwnedFd>,
     pub(super) is_live: Arc<AtomicBool>,
+    /// A worker waited for the queue in vain, and none has had it since.
+    pub(super) is_held: AtomicBool,
 }
 
 /// What the session and the workers share.
@@ -201,7 +203,8 @@ impl Port {
             let queue = Queue::new(index, longest)?;
             let event = Arc::clone(queue.event());
             let is_live = Arc::clone(queue.is_live());
-            Ok(Slot { queue: Mutex::new(queue), counters: Counters::default(), event, is_live })
+            let is_held = AtomicBool::new(false);
+            Ok(Slot { queue: Mutex::new(queue), counters: Counters::default(), event, is_live, is_held })
         });
         let slots = slots.collect::<Result<Vec<_>, Errno>>()?;
         let endpoint = Endpoint::new(&config)?;

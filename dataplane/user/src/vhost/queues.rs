@@ -1,20 +1,37 @@
 //! The ends of a queue pair, as the engine's ports see them.
 //!
 //! A worker takes the queue's lock for one batch. The session takes it to change something, for moments: a worker that finds it
-//! taken looks again in its next round, or, with frames to deliver, waits a little, and never longer than that.
+//! taken looks again in its next round, or, with frames to deliver, waits a little: once, and not again before it had the lock. A
+//! front-end that keeps its session busy costs its own guest frames, and other guests no time.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use parking_lot::MutexGuard;
+
 use super::error::FrameFault;
 use super::port::{Shared, Slot};
+use super::queue::Queue;
 use crate::frame::Pool;
 use crate::port::{Accepts, Batch, Receive, Transmit};
 
 /// How long a worker waits for a queue at most.
 const PATIENCE: Duration = Duration::from_micros(200);
+
+impl Slot {
+    /// The queue, for frames that are lost without. Whoever waited in vain waits no more until somebody had it.
+    #[inline]
+    fn lock_soon(&self) -> Option<MutexGuard<'_, Queue>> {
+        let was_held = self.is_held.load(Ordering::Relaxed);
+        let queue = if was_held { self.queue.try_lock() } else { self.queue.try_lock_for(PATIENCE) };
+        if was_held == queue.is_some() {
+            self.is_held.store(queue.is_none(), Ordering::Relaxed);
+        }
+        queue
+    }
+}
 
 /// The way in: what the guest transmits.
 #[derive(Debug)]
@@ -52,7 +69,8 @@ impl Receive for FromGuest {
     }
 
     fn disarm(&mut self) {
-        if let Some(mut queue) = self.slot().queue.try_lock_for(PATIENCE) {
+        // What is not consumed now wakes the worker again, which does no harm.
+        if let Some(mut queue) = self.slot().queue.try_lock() {
             queue.disarm();
         }
     }
@@ -96,7 +114,7 @@ impl Transmit for ToGuest {
         }
         let slot = &self.shared.slots[index];
         let mut sent = 0;
-        if let Some(mut queue) = slot.queue.try_lock_for(PATIENCE) {
+        if let Some(mut queue) = slot.lock_soon() {
             match queue.deliver(batch.frames(), &slot.counters) {
                 Some(delivered) => sent = delivered,
                 None => slot.counters.fault(FrameFault::NotRunning, batch.len() as u64),
@@ -118,9 +136,54 @@ impl Transmit for ToGuest {
     fn flush(&mut self) {
         let Some(index) = self.silent else { return };
         let slot = &self.shared.slots[index];
-        if let Some(mut queue) = slot.queue.try_lock_for(PATIENCE) {
+        if let Some(mut queue) = slot.lock_soon() {
             queue.notify(&slot.counters);
             self.silent = None;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::frame::{Region, RegionLayout};
+    use crate::vhost::{Mode, Port, PortConfig};
+
+    #[test]
+    fn a_queue_that_is_held_is_waited_for_once() {
+        const ATTEMPTS: u32 = 2000;
+        let folder = tempfile::tempdir().unwrap();
+        let config = PortConfig {
+            path: folder.path().join("port"),
+            mode: Mode::Server,
+            queue_pairs: 1,
+            mtu: 1500,
+            offloads: true,
+            standby: false,
+        };
+        let port = Port::open(config, Box::new(|_| {})).unwrap();
+        let (mut from, mut to) = port.queues().remove(0);
+        let mut pool = Pool::new(&Region::new(RegionLayout { small: 16, large: 4 }).unwrap());
+        let mut batch = Batch::new();
+        let mut attempt = |to: &mut ToGuest| {
+            batch.push(pool.copy(&[0; 60]).unwrap());
+            assert_eq!(to.transmit(&mut pool, &mut batch), 0);
+            to.silent = Some(0);
+            to.flush();
+        };
+        let shared = Arc::clone(&to.shared);
+        let held = (shared.slots[0].queue.lock(), shared.slots[1].queue.lock());
+        let began = Instant::now();
+        for _ in 0..ATTEMPTS {
+            attempt(&mut to);
+            from.disarm();
+        }
+        assert!(began.elapsed() < PATIENCE * ATTEMPTS, "the worker waited each time");
+        assert!(shared.slots[0].is_held.load(Ordering::Relaxed));
+        drop(held);
+        attempt(&mut to);
+        assert!(!shared.slots[0].is_held.load(Ordering::Relaxed), "it is worth waiting for again");
     }
 }
