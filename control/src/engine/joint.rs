@@ -30,6 +30,8 @@ pub trait UserPlane {
     fn ensure_taps(&mut self, ports: &[&PortSpec]) -> Vec<String>;
     /// Why a tap is not there.
     fn trouble(&self, netdev: &str) -> Option<String>;
+    /// Frames from a tap that were dropped, since their header was not true of them.
+    fn refused(&self, netdev: &str) -> u64;
     /// Whether a vhost-user port is open for its guest.
     fn is_open(&self, port: &str) -> bool;
     /// Makes tables and open ports equal to the image, and parts from trunks that are not in it.
@@ -145,6 +147,12 @@ impl<K: DataPlane, U: UserPlane> DataPlane for JointEngine<K, U> {
             .collect();
         let served = self.user.serve_trunks(&attached);
         report.link_changes.extend(served);
+        for port in image.ports.values().filter(|port| port.behind == Behind::UserTap) {
+            let refused = self.user.refused(&port.netdev);
+            if let Some(status) = report.ports.get_mut(&port.name).filter(|_| refused > 0) {
+                status.notes.push(format!("frames from the kernel refused for their offloads: {refused}"));
+            }
+        }
         report.ports.extend(ports);
         Ok(report)
     }

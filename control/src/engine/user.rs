@@ -26,7 +26,7 @@ use sluice_user::port::Transmit;
 use sluice_user::tap::{Tap, TapError};
 use sluice_user::vhost::features::{Features, bit};
 use sluice_user::vhost::{
-    FromGuest, Mode, OpenError, Port, PortConfig, PortEvent, QueueState, Status, ToGuest,
+    FrameFault, FromGuest, Mode, OpenError, Port, PortConfig, PortEvent, QueueState, Status, ToGuest,
 };
 use sluice_user::workers::{Patience, QueueId, Workers, WorkersError};
 
@@ -223,7 +223,7 @@ impl UserEngine {
 /// Whether a guest is there, and what is to be known of it.
 fn state(rings: &VhostUser, status: &Status) -> (PortState, Vec<String>) {
     let path = &rings.path;
-    let mut notes = Vec::new();
+    let mut notes = refusals(status);
     if !status.is_connected {
         let mut reason = match rings.mode {
             VhostMode::Server => format!("waiting for a VMM to connect to {path}"),
@@ -234,22 +234,45 @@ fn state(rings: &VhostUser, status: &Status) -> (PortState, Vec<String>) {
         }
         return (PortState::Pending { reason }, notes);
     }
+    let mut stopped = Vec::new();
     for (number, queue) in status.queues.iter().enumerate() {
         if let QueueState::Stopped(error) = queue.state {
-            notes.push(format!("queue {number} is stopped until the guest sets it up anew: {error}"));
+            stopped.push(format!("queue {number} is stopped until the guest sets it up anew: {error}"));
         }
     }
     if !status.queues.iter().any(|queue| queue.state == QueueState::Running) {
-        let reason = match notes.pop() {
+        let reason = match stopped.pop() {
             Some(note) => note,
             None => format!("a VMM is connected to {path}; waiting for its guest's driver"),
         };
+        notes.extend(stopped);
         return (PortState::Pending { reason }, notes);
     }
+    notes.extend(stopped);
     let running = status.queues.iter().filter(|queue| queue.state == QueueState::Running).count();
     let names = features(Features(status.features)).join(", ");
     notes.push(format!("{running} queues run; the guest negotiated: {names}"));
     (PortState::Attached, notes)
+}
+
+/// What the port refused since it was opened, over all its queues. Frames that end here never reach the pipeline, and so are
+/// in no port's drops.
+fn refusals(status: &Status) -> Vec<String> {
+    let mut notes = Vec::new();
+    for fault in FrameFault::ALL {
+        let count: u64 = status.queues.iter().map(|queue| queue.counters.faults(fault)).sum();
+        if count > 0 {
+            notes.push(format!("frames refused at the rings: {count}: {fault}"));
+        }
+    }
+    let stops: u64 = status.queues.iter().map(|queue| queue.counters.stops).sum();
+    if stops > 0 {
+        notes.push(format!("queues stopped for what the guest's driver did: {stops}"));
+    }
+    if status.refused_requests > 0 {
+        notes.push(format!("requests of the VMM refused: {}", status.refused_requests));
+    }
+    notes
 }
 
 /// What of a guest's features matters to people.
@@ -336,6 +359,10 @@ impl UserPlane for UserEngine {
 
     fn trouble(&self, netdev: &str) -> Option<String> {
         self.troubles.get(netdev).cloned()
+    }
+
+    fn refused(&self, netdev: &str) -> u64 {
+        self.taps.get(netdev).map_or(0, |trunk| trunk.tap.refused())
     }
 
     fn is_open(&self, port: &str) -> bool {

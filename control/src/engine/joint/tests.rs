@@ -28,6 +28,7 @@ struct World {
     fdb: Vec<FdbRow>,
     frames: Vec<(u32, Vec<u8>)>,
     traced: Vec<u32>,
+    refused: u64,
     /// Trunks that are served.
     served: BTreeMap<String, u32>,
     /// How often the kernel engine had synced when trunks were served.
@@ -53,6 +54,10 @@ impl UserPlane for FakeUser {
 
     fn trouble(&self, _netdev: &str) -> Option<String> {
         self.with(|world| world.trouble.clone())
+    }
+
+    fn refused(&self, _netdev: &str) -> u64 {
+        self.with(|world| world.refused)
     }
 
     fn is_open(&self, _port: &str) -> bool {
@@ -191,6 +196,15 @@ fn a_trunk_is_served_while_the_kernel_has_its_program_on_it() {
     bench.kernel.world().broken = false;
     bench.sync(&Bindings::new());
     assert_eq!(served(&bench).0, BTreeMap::new(), "the program is gone");
+}
+
+#[test]
+fn what_a_tap_refuses_is_in_the_notes_of_its_port() {
+    let mut bench = Bench::new();
+    let notes = |bench: &mut Bench| bench.sync(&Bindings::new()).ports["user/blue"].notes.clone();
+    assert_eq!(notes(&mut bench), [""; 0]);
+    bench.engine.user.with(|world| world.refused = 7);
+    assert_eq!(notes(&mut bench), ["frames from the kernel refused for their offloads: 7"]);
 }
 
 #[test]

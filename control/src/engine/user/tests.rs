@@ -6,6 +6,9 @@ use std::time::Duration;
 use sluice_policy::ids::Ids;
 use sluice_policy::image::Bindings;
 use sluice_policy::lower;
+use sluice_user::frame::Pool;
+use sluice_user::port::Batch;
+use sluice_user::vhost::{QueueError, QueueStatus};
 use tempfile::TempDir;
 
 use super::*;
@@ -112,4 +115,39 @@ fn a_client_goes_to_its_vmm() {
     vmm.accept().expect("it comes");
     engine.sync(&Image::default());
     assert!(folder.path().join("vm1.sock").exists(), "the socket is the VMM's");
+}
+
+#[test]
+fn what_is_refused_at_the_rings_is_in_the_notes() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = socket(&folder);
+    let mut engine = UserEngine::default();
+    let notes = |engine: &mut UserEngine| engine.sync(&image(&path, 1)).ports["vnic/vm1"].notes.clone();
+    assert_eq!(notes(&mut engine), [""; 0]);
+    // There is no guest to take them.
+    let region = Region::new(RegionLayout { small: 4, large: 4 }).expect("memory");
+    let mut pool = Pool::new(&region);
+    let mut batch = Batch::new();
+    for _ in 0..3 {
+        batch.push(pool.copy(&[0; 60]).expect("memory"));
+    }
+    let (_, mut to) = engine.open["vnic/vm1"].port.queues().remove(0);
+    assert_eq!(to.transmit(&mut pool, &mut batch), 0);
+    assert_eq!(notes(&mut engine), ["frames refused at the rings: 3: the guest's ring is not running"]);
+}
+
+#[test]
+fn stops_and_refused_requests_are_in_the_notes_of_a_port_that_runs() {
+    let rings = VhostUser { path: "/run/vm1".to_owned(), mode: VhostMode::Server, queues: 1 };
+    let mut queues = [QueueStatus::default(), QueueStatus::default()];
+    queues[0].state = QueueState::Running;
+    queues[1].state = QueueState::Stopped(QueueError::WrongDirection);
+    queues[1].counters.stops = 2;
+    let status =
+        Status { is_connected: true, refused_requests: 5, queues: queues.to_vec(), ..Status::default() };
+    let (state, notes) = state(&rings, &status);
+    assert_eq!(state, PortState::Attached);
+    let has = |what: &str| notes.iter().any(|note| note.contains(what));
+    assert!(has("driver did: 2") && has("VMM refused: 5") && has("queue 1 is stopped"), "{notes:?}");
+    assert!(has("1 queues run"), "{notes:?}");
 }
