@@ -5,7 +5,8 @@
 //! epoll. Queues are placed on workers, and moved between them while frames pass: a queue is handed over between two
 //! batches, and whatever waits in it waits for its new worker.
 //!
-//! [`Workers`] is the handle; any thread may use it. It never stops a worker for longer than it takes to hand a queue over.
+//! [`Workers`] is the handle; any thread may use it. It never stops a worker for longer than it takes to hand a queue over, and
+//! waits for none that has died.
 
 mod balance;
 #[cfg(test)]
@@ -16,7 +17,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -27,6 +28,9 @@ use crate::frame::Region;
 use crate::port::Receive;
 pub use balance::{Load, Move};
 use thread::{Command, Mailbox, QueueCounters, ThreadCounters};
+
+/// How long a worker may take to answer. It does between two batches, which take moments.
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// A worker, counted from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -100,7 +104,7 @@ pub enum WorkersError {
         /// The kernel's error.
         source: io::Error,
     },
-    /// The worker's thread has ended, which is a bug.
+    /// The worker's thread has ended or answers no more, which is a bug.
     #[error("worker {} has died; restart the engine", .0.0)]
     Died(WorkerId),
 }
@@ -241,10 +245,10 @@ impl Workers {
         worker: WorkerId,
     ) -> Result<(), WorkersError> {
         let counters = Arc::new(QueueCounters::default());
-        let (answer, done) = channel();
-        let command = Command::Take { queue, receive, counters: Arc::clone(&counters), answer };
-        self.thread(worker)?.mailbox.send(command);
-        wait(worker, &done)?.map_err(|source| WorkersError::Watch { queue, source })?;
+        let theirs = Arc::clone(&counters);
+        let watched =
+            self.ask(worker, |answer| Command::Take { queue, receive, counters: theirs, answer })?;
+        watched.map_err(|source| WorkersError::Watch { queue, source })?;
         placed.insert(queue, Placement { worker, counters });
         Ok(())
     }
@@ -267,9 +271,23 @@ impl Workers {
         queue: QueueId,
     ) -> Result<Box<dyn Receive>, WorkersError> {
         let worker = placed.get(&queue).ok_or(WorkersError::NotPlaced(queue))?.worker;
+        self.ask(worker, |answer| Command::Give { queue, answer })?.ok_or(WorkersError::NotPlaced(queue))
+    }
+
+    /// Has a worker carry a command out, and waits for its answer.
+    fn ask<T>(
+        &self,
+        worker: WorkerId,
+        command: impl FnOnce(Sender<T>) -> Command,
+    ) -> Result<T, WorkersError> {
+        let thread = self.thread(worker)?;
+        if thread.handle.as_ref().is_none_or(JoinHandle::is_finished) {
+            return Err(WorkersError::Died(worker));
+        }
         let (answer, done) = channel();
-        self.thread(worker)?.mailbox.send(Command::Give { queue, answer });
-        wait(worker, &done)?.ok_or(WorkersError::NotPlaced(queue))
+        thread.mailbox.send(command(answer));
+        // The mailbox of a worker that died meanwhile keeps the other end: nobody would close it.
+        done.recv_timeout(ANSWER).map_err(|_| WorkersError::Died(worker))
     }
 
     /// Moves a queue to another worker while frames pass; none is lost, and their order stays.
@@ -322,10 +340,6 @@ impl Workers {
         };
         self.threads.iter().enumerate().map(status).collect()
     }
-}
-
-fn wait<T>(worker: WorkerId, done: &Receiver<T>) -> Result<T, WorkersError> {
-    done.recv().map_err(|_| WorkersError::Died(worker))
 }
 
 impl Drop for Workers {

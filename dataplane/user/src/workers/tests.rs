@@ -228,6 +228,53 @@ fn mistakes_are_told() {
     assert!(matches!(refused, Err(WorkersError::Start { core: 1000, .. })));
 }
 
+/// A queue at which a worker stays until it hears something, or that it dies of when there is nothing more to hear.
+#[derive(Debug)]
+struct Trap(std::sync::mpsc::Receiver<()>);
+
+impl Receive for Trap {
+    fn receive(&mut self, _pool: &mut Pool, _batch: &mut Batch) {
+        self.0.recv().expect("a worker is to die");
+    }
+
+    fn event(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
+
+    fn arm(&mut self) -> bool {
+        false
+    }
+
+    fn disarm(&mut self) {}
+}
+
+#[test]
+fn nobody_waits_for_a_worker_that_is_stuck_or_has_died() {
+    let region = Region::new(RegionLayout { small: 64, large: 4 }).expect("memory");
+    let engine = Engine::new();
+    let workers = Workers::start(&engine, &region, &cores()[..1], Patience::default()).expect("a worker");
+    let (go_on, trap) = channel();
+    workers.place(QueueId { port: 1, queue: 0 }, Box::new(Trap(trap)), WorkerId(0)).expect("it is there");
+    let (tell, told) = channel();
+    std::thread::spawn(move || {
+        let place = |queue| {
+            let (end, other) = channel();
+            let placed = workers.place(QueueId { port: 2, queue }, Box::new(Trap(other)), WorkerId(0));
+            (matches!(placed, Err(WorkersError::Died(WorkerId(0)))), end)
+        };
+        let (is_stuck, end) = place(0);
+        // Nobody is there to go on with the queue that comes late.
+        go_on.send(()).expect("it listens");
+        until("its end", || end.send(()).is_err());
+        drop(go_on);
+        until("the worker's end", || workers.threads[0].handle.as_ref().is_some_and(JoinHandle::is_finished));
+        let (is_dead, _) = place(1);
+        // A test that has failed hears no more.
+        let _ = tell.send([is_stuck, is_dead]);
+    });
+    assert_eq!(told.recv_timeout(PATIENCE), Ok([true, true]));
+}
+
 #[test]
 fn load_is_spread_and_small_differences_stay() {
     let load = |queue, worker, milliseconds| Load {

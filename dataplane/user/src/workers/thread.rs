@@ -262,10 +262,14 @@ impl Worker {
                         Some(event) => self.epoll.add(event, EpollEvent::new(EpollFlags::EPOLLIN, 1)),
                         None => Ok(()),
                     };
-                    if watched.is_ok() {
+                    let is_watched = watched.is_ok();
+                    let is_heard = answer.send(watched.map_err(Into::into)).is_ok();
+                    if is_watched && is_heard {
                         self.queues.push(Served { queue, receive, counters });
+                    } else if let Some(event) = receive.event().filter(|_| is_watched) {
+                        // Who asked has given it up.
+                        let _ = self.epoll.delete(event); // it was added
                     }
-                    let _ = answer.send(watched.map_err(Into::into)); // who asked is gone
                 }
                 Command::Give { queue, answer } => {
                     let place = self.queues.iter().position(|served| served.queue == queue);
