@@ -9,7 +9,7 @@ use sluice_tests::vf_lab::{BOND, VF, scenario};
 use sluice_tests::wire::{carries, udp4};
 use sluice_tests::{PATIENCE, PacketSocket};
 
-use super::ATTESTED;
+use super::{ATTESTED, in_vlan};
 
 #[test]
 #[ignore = "runs in the SR-IOV lab"]
@@ -37,6 +37,41 @@ fn what_is_only_attested_is_said_to_be_so_and_without_it_there_is_no_vf() -> Res
         lab.lab.apply(&lab.switch("attest: [untagged]"))?;
         lab.wait_reason(&vm1, "UNCOVERED")?;
         vm1.ping(&soft)
+    })
+}
+
+#[test]
+#[ignore = "runs in the SR-IOV lab"]
+fn what_a_probe_finds_is_kept_and_placement_goes_by_it() -> Result<()> {
+    scenario(4, |lab| {
+        let (vm1, vm2, soft) = (lab.guest(1)?, lab.guest(2)?, lab.software(4)?);
+        // The second has a VF all the while, and must not notice.
+        let guarded = "policy: {vlan: {access: 100}}, sriov: {attach: {external: {}}}";
+        lab.lab.apply(&format!(
+            "{}vnics:\n{}{}{}",
+            lab.switch(""),
+            vm1.vnic(guarded),
+            lab.vnic(&vm2, &in_vlan(100), 50),
+            soft.vnic(&format!("policy: {{{}}}", in_vlan(100))),
+        ))?;
+        lab.wait_path(&vm2, "HARDWARE")?;
+        let answer = lab.lab.sluice().json(&["probe", "uplink", "blue"])?;
+        let verdict = |feature: &str| {
+            let found = list(&answer["findings"]).iter().find(|one| text(&one["feature"]) == feature);
+            found.map(|one| text(&one["verdict"]).to_owned()).unwrap_or_default()
+        };
+        println!("{}: {}", text(&answer["identity"]), answer["findings"]);
+        ensure!(verdict("macGuard") == "REFUTED" && verdict("accessVlan") == "ENFORCED", "{answer}");
+        let kept = std::fs::read_to_string(lab.lab.places().state.join("probes.json"))?;
+        ensure!(kept.contains(text(&answer["identity"])) && kept.contains("refuted"), "{kept}");
+
+        lab.lab.stop()?;
+        lab.lab.start()?;
+        let path = lab.wait_reason(&vm1, "UNCOVERED")?;
+        ensure!(list(&path["uncovered"]).iter().any(|one| text(&one["feature"]) == "mac-guard"), "{path}");
+        lab.wait_explain(&vm1, "a probe found")?;
+        lab.wait_path(&vm2, "HARDWARE")?;
+        vm2.ping(&soft)
     })
 }
 
