@@ -43,7 +43,10 @@ pub fn run_in_lab(arguments: &[&str], variables: &[(&str, &str)]) -> Result<()> 
         }
     };
     // Who runs the tests ends those that hang; the longest suite takes ten minutes on a busy host.
-    command.args(["lab", "--timeout", "1100"]).arg("--").arg(std::env::current_exe().context("which program are we?")?);
+    command
+        .args(["lab", "--timeout", "1100"])
+        .arg("--")
+        .arg(std::env::current_exe().context("which program are we?")?);
     command.args(arguments).envs(variables.iter().copied());
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the tests lie in no workspace")?;
     let status = command.current_dir(root).status().context("running cargo xtask lab")?;
