@@ -157,6 +157,8 @@ pub struct Manager {
     is_filtered: bool,
     /// VFs that vNICs held when the last daemon ended, and have no claim to any more: to be closed and cleaned.
     orphans: BTreeMap<String, Held>,
+    /// A vNIC has changed its path since neighbours were last looked at.
+    has_moved: bool,
     /// The world is another since the filter was last looked at.
     is_world_new: bool,
     record: Record,
@@ -191,6 +193,7 @@ impl Manager {
             unattached: BTreeSet::new(),
             is_filtered: former.is_filtered,
             orphans: BTreeMap::new(),
+            has_moved: false,
             is_world_new: true,
             written: former.clone(),
             record: Record::default(),
@@ -371,6 +374,10 @@ impl Manager {
         self.place(now);
         self.allocate(now);
         self.poll(now);
+        if std::mem::take(&mut self.has_moved) {
+            // Whoever has come is led to before anybody is told.
+            self.place(now);
+        }
         self.retire(now);
         self.keep_books();
         self.tell(now);

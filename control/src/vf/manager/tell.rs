@@ -28,6 +28,7 @@ impl Manager {
             _ => Severity::Info,
         };
         claim.told = now_told;
+        self.has_moved = true;
         self.note(severity, text);
     }
 

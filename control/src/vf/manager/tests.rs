@@ -442,6 +442,9 @@ fn neighbours_in_switchdev_mode_are_led_past_a_vf_that_is_to_be_closed() {
         }
     };
     let with_neighbour = rules(&bench);
+    let writes = bench.nic.writes();
+    bench.run(3_000);
+    assert_eq!(bench.nic.writes(), writes, "an unchanged world is not written to: {}", bench.events());
     bench.manager.hold("vm2", "a migration", None);
     bench.run(300);
     assert_eq!(bench.path("vm2").path(), At::Software);
