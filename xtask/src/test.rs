@@ -37,12 +37,13 @@ const PEERS: [Need; 2] =
 pub(crate) fn test(quick: bool, without_lab: bool, extra: &[String]) -> Result<()> {
     require_root("the tests", "test")?;
     packages::ensure("testing", &NETWORK_TOOLS)?;
-    packages::ensure("testing vhost-user", &PEERS)?;
     ebpf::build(None, false)?;
     build_programs()?;
     if !quick && !without_lab {
         lab::prepare().context("the SR-IOV lab cannot be had here; --without-lab leaves it out")?;
     }
+    // After the lab, which wants a QEMU of its own choice.
+    packages::ensure("testing vhost-user", &PEERS)?;
 
     say("running the examples in the documentation");
     run(clean(Command::new("cargo")).args(["test", "--quiet", "--doc", "--workspace"]))?;
