@@ -34,6 +34,15 @@ pub struct Adoption {
     pub lines: Vec<String>,
 }
 
+/// Memory of an engine's frames, in chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameUse {
+    /// All chunks.
+    pub total: u64,
+    /// Those that hold a frame: in hand, or waiting in a queue.
+    pub in_use: u64,
+}
+
 /// An engine that keeps tables and attachments equal to an image. Calls block.
 pub trait DataPlane {
     /// What was found when it was opened.
@@ -85,6 +94,10 @@ pub trait DataPlane {
     fn rule_stats(&self, counters: &[u32]) -> Result<Vec<RuleStats>, EngineError>;
     /// Takes a frame from a port through the pipeline over the live tables, without any side effect.
     fn trace(&self, ingress: u32, frame: &[u8]) -> LiveTrace;
+    /// Memory of frames; `None` for an engine that has none of its own.
+    fn frames(&self) -> Option<FrameUse> {
+        None
+    }
     /// From now on tells `wake` of what changes by itself. Interfaces are watched by others.
     fn watch(&mut self, wake: Wake);
 }

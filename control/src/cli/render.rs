@@ -233,6 +233,9 @@ pub(super) fn stats(output: &Output, answer: &v1::GetStatsResponse) -> Result<bo
         output.table(&["group", "rule", "packets", "bytes"], rows.collect());
     }
     vf::counters(output, &answer.vfs);
+    if let Some(frames) = answer.frames {
+        output.line(&format!("frames of the userspace engine in use: {} of {}", frames.in_use, frames.total));
+    }
     Ok(true)
 }
 

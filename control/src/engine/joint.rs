@@ -11,7 +11,7 @@ use sluice_pipeline::tables::{PortStats, RuleStats};
 use sluice_policy::image::{Behind, Binding, Image};
 use sluice_policy::lower::{self, PortSpec, PortSpecKind};
 
-use super::{Adoption, DataPlane, Wake};
+use super::{Adoption, DataPlane, FrameUse, Wake};
 use crate::trace::{LiveTrace, Step};
 
 /// What a sync of the userspace engine did.
@@ -50,6 +50,10 @@ pub trait UserPlane {
     fn rule_stats(&self, counter: u32) -> RuleStats;
     /// Takes a frame through the tables, without any side effect.
     fn trace(&self, ingress: u32, frame: &[u8]) -> LiveTrace;
+    /// Memory of frames; `None` before there is any.
+    fn frames(&self) -> Option<FrameUse> {
+        None
+    }
     /// From now on tells `wake` of guests that come and go.
     fn watch(&mut self, wake: Wake);
 }
@@ -230,6 +234,10 @@ impl<K: DataPlane, U: UserPlane> DataPlane for JointEngine<K, U> {
             all.steps.push(Step::Drop(ingress, DropReason::NoDestination));
         }
         all
+    }
+
+    fn frames(&self) -> Option<FrameUse> {
+        self.user.frames()
     }
 
     fn watch(&mut self, wake: Wake) {

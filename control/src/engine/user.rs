@@ -30,8 +30,8 @@ use sluice_user::vhost::{
 };
 use sluice_user::workers::{Patience, QueueId, Workers, WorkersError};
 
-use super::Wake;
 use super::joint::{UserPlane, UserReport};
+use super::{FrameUse, Wake};
 use crate::trace::{self, LiveTrace};
 
 /// Memory for frames, touched as it is needed: 32 MiB of ordinary ones, 34 MiB of super-frames.
@@ -69,6 +69,7 @@ enum UserError {
 struct Running {
     engine: Engine,
     workers: Workers,
+    region: Arc<Region>,
 }
 
 /// A vhost-user port that is open.
@@ -113,7 +114,7 @@ impl UserEngine {
         let core = last_core()?;
         let workers =
             without_capabilities(|| Workers::start(&engine, &region, &[core], Patience::default()))??;
-        self.running = Some(Running { engine, workers });
+        self.running = Some(Running { engine, workers, region });
         Ok(())
     }
 
@@ -479,6 +480,12 @@ impl UserPlane for UserEngine {
         state.now = now();
         state.fdb = self.running.iter().flat_map(|running| running.engine.fdb()).collect();
         tables.with_view(|view| trace::live(view, ingress, frame))
+    }
+
+    fn frames(&self) -> Option<FrameUse> {
+        let region = &self.running.as_ref()?.region;
+        let RegionLayout { small, large } = region.layout();
+        Some(FrameUse { total: u64::from(small) + u64::from(large), in_use: region.outstanding() as u64 })
     }
 
     fn watch(&mut self, wake: Wake) {

@@ -43,6 +43,7 @@ fn a_port_opens_with_its_policy_and_closes_without() {
     let path = socket(&folder);
     let mut engine = UserEngine::default();
     assert!(engine.running.is_none(), "nothing runs for nobody");
+    assert_eq!(engine.frames(), None);
     let report = engine.sync(&image(&path, 2));
     assert_eq!(report.changes, [format!("opened vnic/vm1 on {path}")]);
     let PortState::Pending { reason } = &report.ports["vnic/vm1"].state else { panic!("{report:?}") };
@@ -59,6 +60,8 @@ fn a_port_opens_with_its_policy_and_closes_without() {
             .sum::<usize>()
     };
     assert_eq!(queues(&engine), 2);
+    let frames = engine.frames().expect("there is memory now");
+    assert_eq!((frames.total, frames.in_use), (u64::from(LAYOUT.small + LAYOUT.large), 0));
     assert_eq!(engine.sync(&image(&path, 2)).changes, [""; 0], "a second pass does nothing");
     assert_eq!(engine.sync(&image(&path, 3)).changes.len(), 2, "with more queues it is another port");
     assert_eq!(queues(&engine), 3);
