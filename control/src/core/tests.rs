@@ -1,5 +1,8 @@
 use sluice_pipeline::tables::port_flag;
+use sluice_policy::config::Attestable;
+use sluice_policy::placement::{Capabilities, Evidence, Neighbours, Program, place};
 use sluice_proto::v1::apply_result::Outcome as Did;
+use sluice_proto::v1::path_status::Reason;
 use sluice_proto::v1::violation::Code;
 use tempfile::TempDir;
 
@@ -7,6 +10,8 @@ use super::*;
 use crate::engine::fake::FakeEngine;
 use crate::server::Identity;
 use crate::store::small_disk::SmallDisk;
+use crate::vf::knowledge;
+use crate::vf::manager::{Outlook, Report};
 use crate::{doctor, json};
 
 const BASE: &str = r#"
@@ -382,4 +387,63 @@ fn changes_are_in_the_audit_log() {
     assert!(changes[0].contains(&"create vnics/vm1".to_owned()));
     assert_eq!(changes[1], ["delete vnics/vm2"]);
     assert_eq!(audit[1].actor, "test");
+}
+
+#[test]
+fn a_plan_goes_by_the_operators_word_as_it_would_be() {
+    let yaml = |attest: &str| {
+        format!(
+            "switches: [{{name: blue, uplink: {{netdev: up0, attest: [{attest}]}}}}]\nvnics: [{{name: vm1, switch: blue, \
+             attach: {{veth: p1}}, mac: \"02:00:00:00:00:01\", sriov: {{attach: {{external: {{}}}}}}}}]"
+        )
+    };
+    let bench = Bench::new(&["up0", "p1"]);
+    let mut core = bench.open();
+    apply(&mut core, &yaml("")).expect("accepted");
+    let capabilities = Capabilities {
+        max_vfs: 2,
+        mac_guard: Evidence::Refuted,
+        access_vlan: Evidence::Probed,
+        untagged_only: Evidence::Probed,
+        unknown_unicast_to_pf: Evidence::Probed,
+        ..Capabilities::default()
+    };
+    let path_with = |reason: Reason| {
+        let mut path = v1::PathStatus::default();
+        path.set_reason(reason);
+        BTreeMap::from([("vm1".to_owned(), path)])
+    };
+    let report = |programs: &[(&str, Program)], reason: Reason| Report {
+        switch: "blue".to_owned(),
+        revision: 1,
+        paths: path_with(reason),
+        nic: v1::NicStatus::default(),
+        counters: Vec::new(),
+        outlook: Outlook {
+            capabilities: Some(capabilities.clone()),
+            neighbours: Neighbours::default(),
+            programs: programs.iter().map(|(name, program)| ((*name).to_owned(), program.clone())).collect(),
+        },
+        events: Vec::new(),
+    };
+    let moves = |core: &Core, attest: &str| {
+        let moving = |change: &v1::Change| change.action() == v1::change::Action::Move;
+        plan(core, &yaml(attest)).into_iter().find(moving)
+    };
+
+    core.take_report(report(&[], Reason::Uncovered));
+    assert_eq!(moves(&core, ""), None, "nothing changes");
+    let to_vf = moves(&core, "macGuard").expect("the guard is vouched for");
+    assert!(to_vf.note.starts_with("to a VF"), "{to_vf:?}");
+
+    apply(&mut core, &yaml("macGuard")).expect("accepted");
+    let mut attested = capabilities.clone();
+    knowledge::attest(&mut attested, &[Attestable::MacGuard]);
+    let program =
+        place(&core.config, &core.config.vnics[0], &attested, &Neighbours::default()).expect("covered");
+    core.take_report(report(&[("vm1", program)], Reason::Unspecified));
+    assert_eq!(moves(&core, "macGuard"), None, "nothing changes");
+    let back = moves(&core, "").expect("nobody vouches for the guard");
+    assert!(back.note.starts_with("to its software path"), "{back:?}");
+    assert_eq!(back.uncovered.len(), 1, "{back:?}");
 }

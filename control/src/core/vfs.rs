@@ -22,6 +22,7 @@ use crate::events::Severity;
 use crate::explain;
 use crate::resource::{Key, Kind};
 use crate::vf::fleet::{Equipment, Fleet, Message};
+use crate::vf::knowledge;
 use crate::vf::manager::{Outlook, Report, SoftwarePath, World};
 use crate::vf::uncovered_to_proto;
 
@@ -237,8 +238,12 @@ impl Core {
             let current = outlook.programs.get(&vnic.name);
             let mut change = v1::Change { target: format!("vnics/{}", vnic.name), ..v1::Change::default() };
             change.set_action(v1::change::Action::Move);
-            let Some(capabilities) = &outlook.capabilities else { continue };
-            let placed = vnic.wants_vf().then(|| place(config, vnic, capabilities, &outlook.neighbours));
+            let Some(mut capabilities) = outlook.capabilities.clone() else { continue };
+            let switch = config.switches.iter().find(|switch| switch.name == vnic.switch);
+            if let Some(uplink) = switch.and_then(|switch| switch.uplink.as_ref()) {
+                knowledge::attest(&mut capabilities, &uplink.attest);
+            }
+            let placed = vnic.wants_vf().then(|| place(config, vnic, &capabilities, &outlook.neighbours));
             match (placed, current) {
                 (None, Some(_)) if held.is_some() => {
                     change.note = "to its software path: it no longer asks for a VF".to_owned();

@@ -83,8 +83,8 @@ fn evidence(capabilities: &mut Capabilities, ability: Attestable) -> &mut Eviden
     }
 }
 
-/// Adds findings and the operator's word to what a NIC says of itself. What it has no knob for stays missing.
-pub fn complete(capabilities: &mut Capabilities, findings: &KindFindings, attested: &[Attestable]) {
+/// Adds findings to what a NIC says of itself. What it has no knob for stays missing.
+pub fn add_findings(capabilities: &mut Capabilities, findings: &KindFindings) {
     for ability in Attestable::ALL {
         let evidence = evidence(capabilities, ability);
         if let Some(finding) = findings.get(ability.name()) {
@@ -94,9 +94,16 @@ pub fn complete(capabilities: &mut Capabilities, findings: &KindFindings, attest
                 (known, finding) => known.probed(*finding == Finding::Enforced),
             };
         }
+    }
+}
+
+/// Adds the operator's word to what is known of a NIC. There is none for what it has no knob for.
+pub fn attest(capabilities: &mut Capabilities, attested: &[Attestable]) {
+    for ability in attested {
+        let evidence = evidence(capabilities, *ability);
         let has_knob = *evidence != Evidence::Missing
             || matches!(ability, Attestable::Untagged | Attestable::UnknownUnicast);
-        if has_knob && attested.contains(&ability) {
+        if has_knob {
             *evidence = evidence.attested();
         }
     }
@@ -205,7 +212,8 @@ mod tests {
         let known = |findings: &[(&str, Finding)], attested: &[Attestable]| {
             let findings = findings.iter().map(|(name, finding)| ((*name).to_owned(), *finding)).collect();
             let mut capabilities = told.clone();
-            complete(&mut capabilities, &findings, attested);
+            add_findings(&mut capabilities, &findings);
+            attest(&mut capabilities, attested);
             capabilities
         };
         assert_eq!(known(&[], &[]), told);

@@ -76,7 +76,8 @@ pub struct Report {
 /// What planning a change needs to know of an uplink.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outlook {
-    /// The NIC's abilities, findings and attestations included; `None` while it is not there.
+    /// The NIC's abilities, findings included, the operator's word not: that is part of what is planned. `None` while the
+    /// NIC is not there.
     pub capabilities: Option<Capabilities>,
     /// What is known of neighbours.
     pub neighbours: Neighbours,
@@ -241,10 +242,21 @@ impl Manager {
         }
         self.world = world;
         self.is_world_new = true;
+        self.conclude();
+    }
+
+    /// What the NIC said of itself, with what probes found.
+    fn found(&self) -> Capabilities {
         let mut capabilities = self.told_by_nic.clone();
         let kind = self.parts.nic.identity().key();
-        knowledge::complete(&mut capabilities, &self.parts.findings.of(&kind), &self.attested);
-        self.capabilities = capabilities;
+        knowledge::add_findings(&mut capabilities, &self.parts.findings.of(&kind));
+        capabilities
+    }
+
+    /// Concludes from all that is known, the operator's word included, what the NIC can do.
+    fn conclude(&mut self) {
+        self.capabilities = self.found();
+        knowledge::attest(&mut self.capabilities, &self.attested);
     }
 
     /// Keeps a vNIC on its software path; `until` is a time on the clock of [`step`](Self::step). `false` if it has no

@@ -78,11 +78,8 @@ impl Manager {
             self.disturb(now, &format!("{pf} is down"));
             return Err(format!("{pf} is down, and so are its VFs: ip link set {pf} up"));
         }
-        let mut capabilities = self.parts.nic.eswitch().capabilities().map_err(|error| error.to_string())?;
-        self.told_by_nic = capabilities.clone();
-        let kind = self.parts.nic.identity().key();
-        knowledge::complete(&mut capabilities, &self.parts.findings.of(&kind), &self.attested);
-        self.capabilities = capabilities;
+        self.told_by_nic = self.parts.nic.eswitch().capabilities().map_err(|error| error.to_string())?;
+        self.conclude();
         Ok(())
     }
 

@@ -44,7 +44,7 @@ impl Manager {
         let Told { paths, nic, revision, counters } = told.clone();
         self.told = Some(told);
         let outlook = Outlook {
-            capabilities: self.trouble.is_none().then(|| self.capabilities.clone()),
+            capabilities: self.trouble.is_none().then(|| self.found()),
             neighbours: self.neighbours.clone(),
             programs: self
                 .claims
