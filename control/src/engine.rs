@@ -7,10 +7,12 @@ pub(crate) mod fake;
 mod joint;
 mod kernel;
 mod user;
+mod wires;
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use sluice_kernel::{EngineError, FdbRow, FdbSweep, Observation, SyncReport};
+use sluice_kernel::{EngineError, FdbRow, FdbSweep, Observation, SyncReport, WireView};
 use sluice_pipeline::DropReason;
 use sluice_pipeline::tables::{PortStats, RuleStats};
 use sluice_policy::image::Image;
@@ -21,6 +23,7 @@ use crate::trace::LiveTrace;
 pub use joint::{JointEngine, UserPlane};
 pub use kernel::KernelEngine;
 pub use user::UserEngine;
+pub use wires::{Steer, Wire, WireReport};
 
 /// Tells the owner of an engine that something has changed by itself: a pass is due. Called from any thread.
 pub type Wake = Arc<dyn Fn() + Send + Sync>;
@@ -62,6 +65,16 @@ pub trait DataPlane {
     /// # Errors
     /// If tables cannot be written. What concerns one port is in the report.
     fn sync(&mut self, image: &Image) -> Result<SyncReport, EngineError>;
+    /// Looks at an interface whose queues are to have AF_XDP sockets.
+    ///
+    /// # Errors
+    /// If it is gone.
+    fn wire(&self, ifindex: u32) -> Result<WireView, EngineError>;
+    /// Brings what a queue of an uplink receives for the userspace engine to a socket, while that is open.
+    ///
+    /// # Errors
+    /// If the table cannot be written.
+    fn steer(&mut self, port: u32, queue: u32, socket: BorrowedFd<'_>) -> Result<(), EngineError>;
     /// Puts back pins and links that somebody removed. Says what was done.
     ///
     /// # Errors

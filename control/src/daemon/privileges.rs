@@ -13,7 +13,10 @@ const KEPT: [Capability; 4] =
 /// other end, which is usually in another network namespace; setns(2) into it demands `CAP_SYS_ADMIN`. That finds
 /// namespaces in /run/netns; one that is known only by a process of more privileges than ours would need
 /// `CAP_SYS_PTRACE` too, which is not worth it: such a port says `fullChecksums: true`.
-const KEPT_BY_ENGINE: [Capability; 1] = [Capability::CAP_SYS_ADMIN];
+///
+/// The memory of frames is pinned for the AF_XDP sockets of uplinks, and no memory is pinned beyond `RLIMIT_MEMLOCK`, which is
+/// 8 MiB in most places, without `CAP_IPC_LOCK`. As a systemd service the daemon has no limit and goes without.
+const KEPT_BY_ENGINE: [Capability; 2] = [Capability::CAP_SYS_ADMIN, Capability::CAP_IPC_LOCK];
 
 /// The kernel did not let a capability go.
 #[derive(Debug, thiserror::Error)]

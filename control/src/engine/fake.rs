@@ -1,10 +1,12 @@
 //! An engine for tests: records images, knows interfaces by name, attaches whatever is there, and fails on demand.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use sluice_kernel::{
-    EngineError, FdbRow, FdbSweep, HooksInUse, Observation, PortState, PortStatus, SyncReport, Writes,
+    EngineError, FdbRow, FdbSweep, HooksInUse, Observation, PortState, PortStatus, SyncReport, WireView,
+    Writes,
 };
 use sluice_pipeline::DropReason;
 use sluice_pipeline::tables::{PortStats, RuleStats, port_flag};
@@ -27,6 +29,10 @@ pub(crate) struct World {
     pub(crate) syncs: usize,
     /// Syncs fail.
     pub(crate) broken: bool,
+    /// Queues of ports whose frames are brought to a socket.
+    pub(crate) steered: Vec<(u32, u32)>,
+    /// Ports that XDP serves, by name.
+    pub(crate) xdp: BTreeSet<String>,
     /// Tables were found at the start.
     pub(crate) found_tables: bool,
 }
@@ -94,10 +100,21 @@ impl DataPlane for FakeEngine {
                 PortState::Pending { reason: format!("there is no interface {}", port.netdev) }
             };
             let ifindex = attached.then_some(port.config.ifindex);
-            let status = PortStatus { ifindex, state, hooks: HooksInUse::Tcx, notes: Vec::new() };
+            let is_xdp = world.xdp.contains(&port.name);
+            let hooks = if is_xdp { HooksInUse::XdpAndTcx } else { HooksInUse::Tcx };
+            let status = PortStatus { ifindex, state, hooks, notes: Vec::new() };
             report.ports.insert(port.name.clone(), status);
         }
         Ok(report)
+    }
+
+    fn wire(&self, _ifindex: u32) -> Result<WireView, EngineError> {
+        Ok(WireView { queues: 2, mtu: 1500 })
+    }
+
+    fn steer(&mut self, port: u32, queue: u32, _socket: BorrowedFd<'_>) -> Result<(), EngineError> {
+        self.world().steered.push((port, queue));
+        Ok(())
     }
 
     fn repair(&mut self) -> Result<Vec<String>, EngineError> {

@@ -4,14 +4,18 @@
 //! is served; numbers are unique over both, so what is summed up is never counted twice.
 
 use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
 
-use sluice_kernel::{EngineError, FdbRow, FdbSweep, Observation, PortState, PortStatus, SyncReport};
+use sluice_kernel::{
+    EngineError, FdbRow, FdbSweep, HooksInUse, Observation, PortState, PortStatus, SyncReport, WireView,
+};
 use sluice_pipeline::DropReason;
 use sluice_pipeline::tables::{PortStats, RuleStats};
 use sluice_policy::image::{Behind, Binding, Image};
 use sluice_policy::lower::{self, PortSpec, PortSpecKind};
 
-use super::{Adoption, DataPlane, FrameUse, Wake};
+use super::wires::by_tap;
+use super::{Adoption, DataPlane, FrameUse, Steer, Wake, Wire, WireReport};
 use crate::trace::{LiveTrace, Step};
 
 /// What a sync of the userspace engine did.
@@ -38,6 +42,8 @@ pub trait UserPlane {
     fn sync(&mut self, image: &Image) -> UserReport;
     /// Serves these trunks, by interface with the port's number, and parts from all others. Says what was done.
     fn serve_trunks(&mut self, attached: &BTreeMap<&str, u32>) -> Vec<String>;
+    /// Serves these uplinks by AF_XDP, and no others; has `steer` bring frames to their sockets.
+    fn serve_wires(&mut self, wires: &[Wire], steer: &mut Steer<'_>) -> WireReport;
     /// Forgets learnt addresses that are too old.
     fn age_fdb(&mut self);
     /// Learnt addresses.
@@ -65,6 +71,8 @@ enum Server {
     User,
     /// The trunk.
     Both,
+    /// An uplink, by which the userspace engine may send too.
+    Uplink,
 }
 
 /// Both engines.
@@ -74,12 +82,14 @@ pub struct JointEngine<K, U> {
     user: U,
     /// By port, as of the last sync.
     servers: BTreeMap<u32, Server>,
+    /// Names of the uplinks that the userspace engine has been able to send to, by port.
+    uplinks: BTreeMap<u32, String>,
 }
 
 impl<K: DataPlane, U: UserPlane> JointEngine<K, U> {
     /// Joins two engines.
     pub fn new(kernel: K, user: U) -> Self {
-        JointEngine { kernel, user, servers: BTreeMap::new() }
+        JointEngine { kernel, user, servers: BTreeMap::new(), uplinks: BTreeMap::new() }
     }
 
     fn server(&self, port: u32) -> Server {
@@ -89,7 +99,63 @@ impl<K: DataPlane, U: UserPlane> JointEngine<K, U> {
     fn is_trunk(&self, port: u32) -> bool {
         self.server(port) == Server::Both
     }
+
+    /// Uplinks that the userspace engine sends to, or has sent to: what it has counted stays counted.
+    fn note_uplinks(&mut self, image: &Image, user: &Image) {
+        self.uplinks.retain(|id, name| image.ports.get(id).is_some_and(|port| port.name == *name));
+        let of_both = user.ports.iter().filter(|(_, port)| port.behind == Behind::Uplink);
+        self.uplinks.extend(of_both.map(|(id, port)| (*id, port.name.clone())));
+        for id in self.uplinks.keys() {
+            self.servers.insert(*id, Server::Uplink);
+        }
+    }
+
+    /// Has the userspace engine serve uplinks whose XDP can steer to it, and says of each how guests with rings are served.
+    fn serve_wires(&mut self, image: &Image, user: &Image, report: &mut SyncReport) {
+        let mut wires = Vec::new();
+        let mut notes: BTreeMap<u32, Vec<String>> = BTreeMap::new();
+        let is_attached = |report: &SyncReport, name: &String| {
+            report.ports.get(name).is_some_and(|port| port.state == PortState::Attached)
+        };
+        for (trunk, port) in image.ports.iter().filter(|(_, port)| port.behind == Behind::UserTap) {
+            let uplink = image.switches.get(&port.config.switch).map_or(0, |switch| switch.uplink);
+            let Some(of_uplink) = image.ports.get(&uplink) else { continue };
+            if !is_attached(report, &port.name) || !is_attached(report, &of_uplink.name) {
+                continue;
+            }
+            let hooks = report.ports.get(&of_uplink.name).map(|port| port.hooks);
+            if hooks != Some(HooksInUse::XdpAndTcx) {
+                notes.insert(uplink, vec![by_tap("no XDP serves it")]);
+                continue;
+            }
+            let ifindex = of_uplink.config.ifindex;
+            match self.kernel.wire(ifindex) {
+                Ok(WireView { queues, mtu }) => {
+                    wires.push(Wire { uplink, trunk: *trunk, ifindex, queues, mtu });
+                }
+                Err(error) => drop(notes.insert(uplink, vec![by_tap(&error.to_string())])),
+            }
+        }
+        let kernel = &mut self.kernel;
+        let served =
+            self.user.serve_wires(&wires, &mut |port, queue, socket| kernel.steer(port, queue, socket));
+        report.link_changes.extend(served.changes);
+        notes.extend(served.notes);
+        for (uplink, mut lines) in notes {
+            let Some(name) = image.ports.get(&uplink).map(|port| &port.name) else { continue };
+            if wires.iter().any(|wire| wire.uplink == uplink) && !user.ports.contains_key(&uplink) {
+                lines.push(ONE_WAY.to_owned());
+            }
+            if let Some(status) = report.ports.get_mut(name) {
+                status.notes.extend(lines);
+            }
+        }
+    }
 }
+
+/// Of an uplink that is no port of the userspace engine's.
+const ONE_WAY: &str = "what guests with rings send to it takes the tap, since other vNICs of its switch may spoof, or \
+                       addresses are learnt behind them and not behind it";
 
 /// The ports that are interfaces.
 fn netdevs(ports: &[PortSpec]) -> Vec<PortSpec> {
@@ -130,11 +196,12 @@ impl<K: DataPlane, U: UserPlane> DataPlane for JointEngine<K, U> {
     fn sync(&mut self, image: &Image) -> Result<SyncReport, EngineError> {
         let parts = lower::split(image);
         let server = |behind: &Behind| match behind {
-            Behind::Netdev => Server::Kernel,
+            Behind::Netdev | Behind::Uplink => Server::Kernel,
             Behind::VhostUser(_) => Server::User,
             Behind::UserTap => Server::Both,
         };
         self.servers = image.ports.iter().map(|(id, port)| (*id, server(&port.behind))).collect();
+        self.note_uplinks(image, &parts.user);
         // A guest's policy is in force before the kernel sends it anything, and after it has ceased to; and the kernel's
         // before it gets anything of a guest.
         let UserReport { changes, ports } = self.user.sync(&parts.user);
@@ -151,6 +218,7 @@ impl<K: DataPlane, U: UserPlane> DataPlane for JointEngine<K, U> {
             .collect();
         let served = self.user.serve_trunks(&attached);
         report.link_changes.extend(served);
+        self.serve_wires(image, &parts.user, &mut report);
         for port in image.ports.values().filter(|port| port.behind == Behind::UserTap) {
             let refused = self.user.refused(&port.netdev);
             if let Some(status) = report.ports.get_mut(&port.name).filter(|_| refused > 0) {
@@ -159,6 +227,14 @@ impl<K: DataPlane, U: UserPlane> DataPlane for JointEngine<K, U> {
         }
         report.ports.extend(ports);
         Ok(report)
+    }
+
+    fn wire(&self, ifindex: u32) -> Result<WireView, EngineError> {
+        self.kernel.wire(ifindex)
+    }
+
+    fn steer(&mut self, port: u32, queue: u32, socket: BorrowedFd<'_>) -> Result<(), EngineError> {
+        self.kernel.steer(port, queue, socket)
     }
 
     fn repair(&mut self) -> Result<Vec<String>, EngineError> {
@@ -182,6 +258,14 @@ impl<K: DataPlane, U: UserPlane> DataPlane for JointEngine<K, U> {
         match self.server(port) {
             Server::User => Ok(self.user.port_stats(port)),
             Server::Kernel | Server::Both => self.kernel.port_stats(port),
+            // What comes in is the kernel's; each counts what it sends.
+            Server::Uplink => {
+                let mut stats = self.kernel.port_stats(port)?;
+                let more = self.user.port_stats(port);
+                stats.tx_packets += more.tx_packets;
+                stats.tx_bytes += more.tx_bytes;
+                Ok(stats)
+            }
         }
     }
 
@@ -191,7 +275,7 @@ impl<K: DataPlane, U: UserPlane> DataPlane for JointEngine<K, U> {
             return Ok(self.user.drops(port));
         }
         let mut drops = self.kernel.drops(port)?;
-        if server == Server::Both {
+        if server != Server::Kernel {
             for (reason, count) in self.user.drops(port) {
                 match drops.iter_mut().find(|(known, _)| *known == reason) {
                     Some((_, sum)) => *sum += count,

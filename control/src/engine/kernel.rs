@@ -1,8 +1,10 @@
 //! The kernel engine as a [`DataPlane`].
 
+use std::os::fd::BorrowedFd;
+
 use sluice_kernel::{
     AdoptReport, Engine, EngineError, EngineOptions, FdbRow, FdbSweep, MapsOutcome, Observation,
-    ProgramsOutcome, SyncReport,
+    ProgramsOutcome, SyncReport, WireView,
 };
 use sluice_pipeline::DropReason;
 use sluice_pipeline::tables::{PortStats, RuleStats};
@@ -74,6 +76,14 @@ impl DataPlane for KernelEngine {
 
     fn sync(&mut self, image: &Image) -> Result<SyncReport, EngineError> {
         self.engine.sync(image)
+    }
+
+    fn wire(&self, ifindex: u32) -> Result<WireView, EngineError> {
+        self.engine.wire(ifindex)
+    }
+
+    fn steer(&mut self, port: u32, queue: u32, socket: BorrowedFd<'_>) -> Result<(), EngineError> {
+        self.engine.steer(port, queue, socket)
     }
 
     fn repair(&mut self) -> Result<Vec<String>, EngineError> {

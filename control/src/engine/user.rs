@@ -31,6 +31,7 @@ use sluice_user::vhost::{
 use sluice_user::workers::{Patience, QueueId, Workers, WorkersError};
 
 use super::joint::{UserPlane, UserReport};
+use super::wires::{Steer, Wire, WireReport, Wires};
 use super::{FrameUse, Wake};
 use crate::trace::{self, LiveTrace};
 
@@ -66,10 +67,10 @@ enum UserError {
 
 /// What runs once there is something to serve.
 #[derive(Debug)]
-struct Running {
-    engine: Engine,
-    workers: Workers,
-    region: Arc<Region>,
+pub(super) struct Running {
+    pub(super) engine: Engine,
+    pub(super) workers: Workers,
+    pub(super) region: Arc<Region>,
 }
 
 /// A vhost-user port that is open.
@@ -99,6 +100,7 @@ pub struct UserEngine {
     /// By name of the interface.
     taps: BTreeMap<String, Trunk>,
     troubles: BTreeMap<String, String>,
+    wires: Wires,
     wake: Arc<Mutex<Option<Wake>>>,
 }
 
@@ -377,7 +379,7 @@ impl UserPlane for UserEngine {
             .iter()
             .filter_map(|(id, port)| match &port.behind {
                 Behind::VhostUser(rings) => Some((port.name.as_str(), (*id, rings))),
-                Behind::Netdev | Behind::UserTap => None,
+                Behind::Netdev | Behind::UserTap | Behind::Uplink => None,
             })
             .collect();
         let is_over = |(name, open): (&String, &Open)| {
@@ -394,6 +396,10 @@ impl UserPlane for UserEngine {
             image.ports.get(&id).is_some_and(|port| port.behind == Behind::UserTap && port.netdev == netdev)
         };
         report.changes.extend(self.part_others(trunks));
+        let has_trunk = |wire: &Wire| image.ports.contains_key(&wire.trunk);
+        if let Some(running) = &self.running {
+            report.changes.extend(self.wires.close_others(running, has_trunk));
+        }
         // Tables first: whoever connects finds its policy.
         if self.image != *image {
             self.image = image.clone();
@@ -429,6 +435,13 @@ impl UserPlane for UserEngine {
             }
         }
         done
+    }
+
+    fn serve_wires(&mut self, wires: &[Wire], steer: &mut Steer<'_>) -> WireReport {
+        match &self.running {
+            Some(running) => self.wires.serve(running, wires, steer),
+            None => WireReport::default(),
+        }
     }
 
     fn age_fdb(&mut self) {
@@ -468,7 +481,8 @@ impl UserPlane for UserEngine {
     fn trace(&self, ingress: u32, frame: &[u8]) -> LiveTrace {
         let mut image = self.image.clone();
         let trunks: BTreeSet<u32> = self.taps.values().filter_map(|trunk| trunk.id).collect();
-        let open: BTreeSet<u32> = self.open.values().map(|open| open.id).collect();
+        let mut open: BTreeSet<u32> = self.open.values().map(|open| open.id).collect();
+        open.extend(self.wires.uplinks());
         for (id, port) in &mut image.ports {
             port.config.flags &= !port_flag::ATTACHED;
             if trunks.contains(id) || open.contains(id) {

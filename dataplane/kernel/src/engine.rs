@@ -1,10 +1,11 @@
 //! The engine: the one owner of the maps, programs and links of a host.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 
 use sluice_pipeline::DropReason;
-use sluice_pipeline::tables::{PortStats, RuleStats};
+use sluice_pipeline::tables::{PortStats, RuleStats, STEERED_QUEUES, socket_index};
 use sluice_policy::image::Image;
 use sluice_policy::lower::PortSpec;
 
@@ -13,9 +14,11 @@ use crate::links::Links;
 use crate::loader::{self, Loaded};
 use crate::pins::Pins;
 use crate::promisc::Reception;
-use crate::report::{AdoptReport, FdbRow, FdbSweep, MapWrites, MapsOutcome, Observation, SyncReport};
+use crate::report::{
+    AdoptReport, FdbRow, FdbSweep, MapWrites, MapsOutcome, Observation, SyncReport, WireView,
+};
 use crate::sync::{Expedited, Mirror, Pass};
-use crate::{EngineError, LiveTables, internal, observe, promisc, stats, vlan_offload};
+use crate::{EngineError, LiveTables, ethtool, internal, observe, promisc, stats, vlan_offload};
 
 /// How to open an engine.
 #[derive(Clone, Debug)]
@@ -99,6 +102,28 @@ impl Engine {
         .run()?;
         self.is_mirror_stale = false;
         Ok(report)
+    }
+
+    /// Looks at an interface whose queues are to have AF_XDP sockets.
+    ///
+    /// # Errors
+    /// [`EngineError::Io`], if it is gone.
+    pub fn wire(&self, ifindex: u32) -> Result<WireView, EngineError> {
+        let failed = || EngineError::io(format!("looking at the queues of interface {ifindex}"));
+        let queues = ethtool::receive_queues(ifindex).map_err(failed())?;
+        Ok(WireView { queues, mtu: ethtool::mtu(ifindex).map_err(failed())? })
+    }
+
+    /// From now on sends what a queue of an uplink receives for the userspace engine to an AF_XDP socket that is bound to
+    /// that queue, for as long as it is open.
+    ///
+    /// # Errors
+    /// [`EngineError::Map`], and if the queue is beyond [`STEERED_QUEUES`].
+    pub fn steer(&self, port: u32, queue: u32, socket: BorrowedFd<'_>) -> Result<(), EngineError> {
+        let table = &self.loaded.maps.sockets;
+        let index = socket_index(port, queue)
+            .ok_or(EngineError::TableFull { table: table.name, max_entries: STEERED_QUEUES })?;
+        table.set(&index, &(socket.as_raw_fd() as u32))
     }
 
     /// Puts missing pins back and looks for links that were detached behind our back. Says what was wrong.

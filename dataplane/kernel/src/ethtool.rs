@@ -1,9 +1,8 @@
-//! What only the ethtool ioctl answers simply: does an interface leave checksums to the receiver, do VLAN tags travel
-//! beside the bytes of what it sends and receives?
+//! What ioctls answer simply: does an interface leave checksums to the receiver, do VLAN tags travel beside the bytes of
+//! what it sends and receives, by how many queues does it receive?
 
 #![allow(unsafe_code)]
 
-use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
@@ -14,6 +13,8 @@ const ETHTOOL_GFLAGS: u32 = 0x25;
 const ETHTOOL_SFLAGS: u32 = 0x26;
 const ETH_FLAG_TXVLAN: u32 = 1 << 7;
 const ETH_FLAG_RXVLAN: u32 = 1 << 8;
+/// `ETHTOOL_GCHANNELS`, of the same header.
+const ETHTOOL_GCHANNELS: u32 = 0x3c;
 /// `SIOCETHTOOL` of `include/uapi/linux/sockios.h`.
 const SIOCETHTOOL: u64 = 0x8946;
 
@@ -22,6 +23,19 @@ const SIOCETHTOOL: u64 = 0x8946;
 struct Value {
     command: u32,
     data: u32,
+}
+
+/// `struct ethtool_channels`.
+#[derive(Default)]
+#[repr(C)]
+struct Channels {
+    command: u32,
+    /// The most that there can be: receive, transmit, other, combined.
+    most: [u32; 4],
+    receive: u32,
+    transmit: u32,
+    other: u32,
+    combined: u32,
 }
 
 /// Whether the interface with this index in the calling thread's network namespace has transmit checksum offload on.
@@ -51,16 +65,59 @@ pub(crate) fn set_receive_vlan_offload(ifindex: u32, on: bool) -> io::Result<()>
     }
 }
 
+/// How many queues it receives by, now.
+pub(crate) fn receive_queues(ifindex: u32) -> io::Result<u32> {
+    let mut channels = Channels { command: ETHTOOL_GCHANNELS, ..Channels::default() };
+    let mut request = request_for(ifindex)?;
+    request.ifr_ifru.ifru_data = std::ptr::from_mut(&mut channels).cast();
+    // SAFETY: the request holds the address of a live ethtool_channels, which is what this command reads and writes.
+    match unsafe { control(SIOCETHTOOL, &mut request) } {
+        Ok(()) => Ok((channels.receive + channels.combined).max(1)),
+        // It has one, and nothing to choose.
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(1),
+        Err(error) => Err(error),
+    }
+}
+
+/// Its MTU.
+pub(crate) fn mtu(ifindex: u32) -> io::Result<u32> {
+    let mut request = request_for(ifindex)?;
+    // SAFETY: the request has a name; the kernel writes a number.
+    unsafe { control(libc::SIOCGIFMTU, &mut request) }?;
+    // SAFETY: that number is what it has written.
+    Ok(unsafe { request.ifr_ifru.ifru_mtu } as u32)
+}
+
 /// Gives a command with a number to the interface, and returns the number that it leaves.
 fn ask(ifindex: u32, command: u32, data: u32) -> io::Result<u32> {
+    let mut value = Value { command, data };
+    let mut request = request_for(ifindex)?;
+    request.ifr_ifru.ifru_data = std::ptr::from_mut(&mut value).cast();
+    // SAFETY: the request holds the address of a live ethtool_value, which is what these commands read and write.
+    unsafe { control(SIOCETHTOOL, &mut request) }?;
+    Ok(value.data)
+}
+
+/// A request about an interface.
+fn request_for(ifindex: u32) -> io::Result<libc::ifreq> {
     let mut name = [0u8; libc::IF_NAMESIZE];
     // SAFETY: the buffer has the IF_NAMESIZE bytes that the function may write.
     if unsafe { libc::if_indextoname(ifindex, name.as_mut_ptr().cast()) }.is_null() {
         return Err(io::Error::last_os_error());
     }
-    let name =
-        CString::from_vec_with_nul(name.split_inclusive(|byte| *byte == 0).next().unwrap_or(b"\0").to_vec())
-            .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+    // SAFETY: all zeroes is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name) {
+        *to = from as libc::c_char;
+    }
+    Ok(request)
+}
+
+/// Carries a request out.
+///
+/// # Safety
+/// Whatever address is in the request must be valid for what the operation reads or writes there.
+unsafe fn control(operation: u64, request: &mut libc::ifreq) -> io::Result<()> {
     // SAFETY: no addresses are passed.
     let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
     if socket < 0 {
@@ -68,17 +125,9 @@ fn ask(ifindex: u32, command: u32, data: u32) -> io::Result<u32> {
     }
     // SAFETY: the kernel has just made this descriptor for us.
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-    let mut value = Value { command, data };
-    // SAFETY: all zeroes is a valid ifreq.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.as_bytes_with_nul()) {
-        *to = *from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_data = std::ptr::from_mut(&mut value).cast();
-    // SAFETY: the request holds a zero-terminated name and the address of a live ethtool_value, which is what
-    // these commands read and write.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL as _, &mut request) } < 0 {
+    // SAFETY: the request is alive, its name ends with a zero, and the caller vouches for the rest.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), operation as _, request) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(value.data)
+    Ok(())
 }

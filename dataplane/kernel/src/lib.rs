@@ -6,7 +6,7 @@
 //!
 //! One thread owns the engine and calls block. [`LinkMonitor`] may live in another thread.
 //!
-//! Unsafe code is in `syscall` (bpf(2), membarrier(2)) and `ethtool` (one ioctl) only.
+//! Unsafe code is in `syscall` (bpf(2), membarrier(2)) and `ethtool` (ioctls) only.
 
 #![deny(unsafe_code)]
 
@@ -40,5 +40,5 @@ pub use live::LiveTables;
 pub use monitor::{LinkEvent, LinkMonitor};
 pub use report::{
     AdoptReport, FdbRow, FdbSweep, HooksInUse, LinkView, MapWrites, MapsOutcome, Observation, PortState,
-    PortStatus, ProgramsOutcome, SyncReport, Writes,
+    PortStatus, ProgramsOutcome, SyncReport, WireView, Writes,
 };

@@ -364,6 +364,7 @@ pub(crate) struct Maps {
     pub(crate) drops: Counters<u64>,
     pub(crate) rule_stats: Counters<RuleStats>,
     pub(crate) devmap: Table<u32, DevmapValue>,
+    pub(crate) sockets: Table<u32, u32>,
 }
 
 impl Maps {
@@ -391,6 +392,7 @@ impl Maps {
             drops: Counters::open(dir, "DROPS", cpus)?,
             rule_stats: Counters::open(dir, "RULE_STATS", cpus)?,
             devmap: Table::open(dir, "DEVMAP")?,
+            sockets: Table::open(dir, "SOCKETS")?,
         })
     }
 

@@ -82,6 +82,15 @@ pub struct LinkView {
     pub xdp_target: bool,
 }
 
+/// What AF_XDP sockets need to know of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WireView {
+    /// Queues that it receives by.
+    pub queues: u32,
+    /// MTU.
+    pub mtu: u32,
+}
+
 /// How often a map was written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Writes {

@@ -52,6 +52,9 @@ pub enum Behind {
     VhostUser(VhostUser),
     /// The trunk between the two, a port of both.
     UserTap,
+    /// A switch's uplink in the userspace engine's image: what leaves by it need not take the trunk. It is the kernel
+    /// engine's port, and nothing comes in by it.
+    Uplink,
 }
 
 /// A port's entry.
@@ -114,4 +117,14 @@ pub struct Image {
     pub flood: BTreeMap<FloodKey, FloodChunk>,
     /// ACL groups by id.
     pub groups: BTreeMap<u32, GroupImage>,
+}
+
+impl Image {
+    /// In the userspace engine's image: the uplink to which the trunk `id` is the long way, if there is one.
+    pub fn short_cut(&self, id: u32) -> Option<u32> {
+        let trunk = self.ports.get(&id).filter(|port| port.behind == Behind::UserTap)?;
+        let is_it =
+            |port: &PortImage| port.behind == Behind::Uplink && port.config.switch == trunk.config.switch;
+        self.ports.iter().find(|(_, port)| is_it(port)).map(|(id, _)| *id)
+    }
 }

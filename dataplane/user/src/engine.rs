@@ -17,7 +17,7 @@ pub(crate) mod tests;
 mod verdicts;
 mod view;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -83,15 +83,19 @@ impl Engine {
 
     /// Makes the tables those of `image`. Batches that are under way finish under the old ones.
     ///
-    /// Learnt addresses behind ports that are gone, or in another switch now, are forgotten.
+    /// Learnt addresses behind ports that are gone, or in another switch now, are forgotten; and those behind a trunk to
+    /// which there is a short cut as of now, since they may have come from elsewhere.
     pub fn apply(&self, image: Image) {
         let mut wanted = self.wanted.lock();
         let before = std::mem::replace(&mut wanted.image, image);
         self.publish(&mut wanted, &before);
-        let ports = &wanted.image.ports;
-        self.shared
-            .fdb
-            .retain(|key, entry| ports.get(&entry.port).is_some_and(|port| port.config.switch == key.switch));
+        let image = &wanted.image;
+        let trunks = image.ports.keys().filter(|id| image.short_cut(**id) != before.short_cut(**id));
+        let trunks: BTreeSet<u32> = trunks.copied().collect();
+        self.shared.fdb.retain(|key, entry| {
+            let port = image.ports.get(&entry.port);
+            port.is_some_and(|port| port.config.switch == key.switch) && !trunks.contains(&entry.port)
+        });
     }
 
     /// Attaches the ways out of a port, in place of those that it had: frames for it go there from now on.

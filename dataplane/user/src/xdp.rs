@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::frame::{Lent, Pool, Region, RegionLayout};
+use crate::frame::{Lent, Pool, Region, RegionLayout, SMALL_CHUNK};
 pub use receive::XdpReceive;
 use ring::{Consumer, Producer};
 pub use steering::Steering;
@@ -46,6 +46,9 @@ pub struct XdpOptions {
     /// The longest frame that may be sent, in bytes with Ethernet header and tags.
     pub longest: usize,
 }
+
+/// Room for a frame in one chunk: what the kernel puts into it begins behind a headroom of its own.
+pub const ONE_CHUNK: usize = SMALL_CHUNK - 256;
 
 impl Default for XdpOptions {
     fn default() -> Self {
@@ -183,9 +186,44 @@ impl XdpQueue {
         self.receive.mode()
     }
 
+    /// Keeps its socket open when its halves are placed, and says when they are gone.
+    pub fn keeper(&self) -> XdpKeeper {
+        XdpKeeper(self.receive.shared())
+    }
+
     /// What can still be asked when its halves are placed.
     pub fn monitor(&self) -> XdpMonitor {
         self.receive.monitor()
+    }
+}
+
+/// A share in a queue's socket. Whoever may bind sockets keeps it to the end: closing one may take asking the kernel whether
+/// the device is done with it, which workers may not.
+#[derive(Debug)]
+pub struct XdpKeeper(Arc<Socket>);
+
+impl XdpKeeper {
+    /// Whether both halves are gone.
+    pub fn is_alone(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
+
+    /// How the driver serves the queue.
+    pub fn mode(&self) -> XdpMode {
+        self.0.mode
+    }
+
+    /// The socket, to be put into the XSKMAP of a steering program.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.0.fd()
+    }
+
+    /// The kernel's counters of the socket.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn statistics(&self) -> io::Result<SocketStatistics> {
+        sys::statistics(self.0.fd())
     }
 }
 

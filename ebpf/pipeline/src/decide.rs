@@ -307,7 +307,7 @@ fn route<'a, T: Tables>(tables: &'a T, context: &Context) -> Route<'a> {
         if let Some(entry) = tables.fdb(&key)
             && tables.now_seconds().wrapping_sub(entry.seen) <= switch.ageing_seconds
         {
-            route.id = entry.port;
+            route.id = tables.way(context, entry.port);
         }
     }
     if route.id != 0 {

@@ -123,6 +123,17 @@ pub mod port_flag {
     pub const LOOPS: u32 = 1 << 11;
     /// The vNIC has a VF, so that it may be heard from behind the uplink while its addresses are still here.
     pub const HAS_VF: u32 = 1 << 12;
+    /// The trunk to the userspace engine: what an uplink's XDP sends there may go by an AF_XDP socket instead.
+    pub const STEERED: u32 = 1 << 13;
+}
+
+/// Receive queues of a port that may have an AF_XDP socket each.
+pub const STEERED_QUEUES: u32 = 16;
+
+/// Where the socket of a port's receive queue is, of [`STEERED_QUEUES`]; `None` if there is none for this queue.
+#[inline(always)]
+pub const fn socket_index(port: u32, queue: u32) -> Option<u32> {
+    if port < PORTS_MAX && queue < STEERED_QUEUES { Some(port * STEERED_QUEUES + queue) } else { None }
 }
 
 /// Direction of a rule or rate, seen from the VM. Index into the two-element arrays below.
@@ -678,6 +689,13 @@ pub trait Tables {
         Self: Sized,
     {
         crate::acl_verdicts(self, context, ingress, egress);
+    }
+
+    /// The port by which the frame at hand leaves for an address that was learnt behind `port`: another one where there is a
+    /// shorter way to the same place.
+    #[inline(always)]
+    fn way(&self, _context: &crate::Context, port: u32) -> u32 {
+        port
     }
 
     /// Told at every stage a packet enters; for tracing.

@@ -1,12 +1,12 @@
 //! The maps. User space pins and fills them; layouts are in `sluice_pipeline::tables`.
 
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, DevMap, HashMap, PerCpuArray};
+use aya_ebpf::maps::{Array, DevMap, HashMap, PerCpuArray, XskMap};
 use sluice_pipeline::tables::{
     AclGroup, CACHE_SLOTS, CacheSlot, FDB_MAX, FdbEntry, FdbKey, FloodChunk, FloodKey, Globals, IFINDEX_LOW,
     IP_GUARD_MAX, IpGuardKey, MacKey, PORTS_MAX, PortConfig, PortStats, ROUTE_SLOTS, RULE_ENTRIES_MAX,
-    RULES_MAX, RouteSlot, RuleEntry, RuleKey, RuleStats, SWITCHES_MAX, SwitchConfig, TrunkBitmap, TupleChunk,
-    TupleKey, VNIC_MACS_MAX,
+    RULES_MAX, RouteSlot, RuleEntry, RuleKey, RuleStats, STEERED_QUEUES, SWITCHES_MAX, SwitchConfig,
+    TrunkBitmap, TupleChunk, TupleKey, VNIC_MACS_MAX,
 };
 use sluice_pipeline::{Context, REASONS_MAX};
 
@@ -82,3 +82,7 @@ pub static SCRATCH: PerCpuArray<Context> = PerCpuArray::with_max_entries(1, 0);
 /// Port to interface, for redirection by XDP.
 #[map]
 pub static DEVMAP: DevMap = DevMap::with_max_entries(PORTS_MAX, 0);
+/// AF_XDP sockets of ports' receive queues: see `sluice_pipeline::tables::socket_index`. The kernel takes those out that are
+/// closed.
+#[map]
+pub static SOCKETS: XskMap = XskMap::with_max_entries(PORTS_MAX * STEERED_QUEUES, 0);

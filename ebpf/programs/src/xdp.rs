@@ -4,6 +4,7 @@ use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
 use aya_ebpf::bindings::xdp_md;
 use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_get_buff_len};
 use aya_ebpf::programs::XdpContext;
+use sluice_pipeline::tables::{port_flag, socket_index};
 use sluice_pipeline::{
     Context, Delivery, DropReason, HEADER_WINDOW, Headers, Packet, Tables, Tag, Verdict, decide, ip_guard,
     parse,
@@ -42,11 +43,26 @@ pub fn ingress(ctx: &XdpContext) -> u32 {
                 return XDP_DROP;
             }
             count_tx(delivery.port, length);
+            if delivery.flags & port_flag::STEERED != 0
+                && let Some(action) = steer(ctx, port)
+            {
+                return action;
+            }
             maps::DEVMAP.redirect(delivery.port, 0).unwrap_or(XDP_DROP)
         }
         Verdict::Drop { .. } => XDP_DROP,
         Verdict::Flood | Verdict::Defer => XDP_PASS,
     }
+}
+
+/// Sends a frame to the userspace engine by the socket of the queue that it came by, if there is one.
+#[inline(always)]
+fn steer(ctx: &XdpContext, port: u32) -> Option<u32> {
+    // SAFETY: the context is valid while the program runs.
+    let queue = unsafe { (*ctx.ctx).rx_queue_index };
+    let index = socket_index(port, queue)?;
+    maps::SOCKETS.get(index)?;
+    Some(maps::SOCKETS.redirect(index, XDP_DROP.into()).unwrap_or(XDP_DROP))
 }
 
 /// A frame as XDP has it; see `tc::Skb`.

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod uplinks;
 mod vmm;
 
 use std::path::PathBuf;

@@ -31,6 +31,8 @@ struct World {
     refused: u64,
     /// Trunks that are served.
     served: BTreeMap<String, u32>,
+    /// Uplinks that are served.
+    wires: Vec<Wire>,
     /// How often the kernel engine had synced when trunks were served.
     syncs: usize,
 }
@@ -85,6 +87,16 @@ impl UserPlane for FakeUser {
         Vec::new()
     }
 
+    fn serve_wires(&mut self, wires: &[Wire], steer: &mut Steer<'_>) -> WireReport {
+        let nowhere = std::fs::File::open("/dev/null").expect("it is there");
+        for wire in wires {
+            steer(wire.uplink, 0, std::os::fd::AsFd::as_fd(&nowhere)).expect("fakes do not fail");
+        }
+        self.with(|world| world.wires = wires.to_vec());
+        let notes = wires.iter().map(|wire| (wire.uplink, vec!["served".to_owned()])).collect();
+        WireReport { changes: Vec::new(), notes }
+    }
+
     fn age_fdb(&mut self) {}
 
     fn fdb(&self) -> Vec<FdbRow> {
@@ -92,7 +104,7 @@ impl UserPlane for FakeUser {
     }
 
     fn port_stats(&self, _port: u32) -> PortStats {
-        PortStats { rx_packets: 100, ..PortStats::default() }
+        PortStats { rx_packets: 100, tx_packets: 200, tx_bytes: 300, ..PortStats::default() }
     }
 
     fn drops(&self, _port: u32) -> Vec<(DropReason, u64)> {

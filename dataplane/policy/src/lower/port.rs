@@ -93,7 +93,7 @@ pub(super) fn internal(switch: &Switch, internal: &Internal, switch_id: u32) -> 
 /// is in the table of static addresses, or is for that engine to learn.
 pub(super) fn user_tap(switch_name: &str, switch: u32) -> PortImage {
     let mut config = blank(port_kind::UPLINK, switch);
-    config.flags = port_flag::UP | port_flag::UNKNOWN_UNICAST;
+    config.flags = port_flag::UP | port_flag::UNKNOWN_UNICAST | port_flag::STEERED;
     config.vlan_mode = vlan_mode::ALL;
     PortImage {
         name: user_port(switch_name),

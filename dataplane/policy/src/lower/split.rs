@@ -3,10 +3,13 @@
 //! A switch with vhost-user vNICs is served by both, joined by a tap. Each vNIC's whole policy is enforced by the engine that
 //! serves it; the tap carries every VLAN and guards nothing. Seen from the kernel engine, all that is served in user space is
 //! behind the tap; seen from the userspace engine, the tap is the uplink, and everything else is behind that.
+//!
+//! Where all that can be learnt behind the tap is behind the real uplink, the userspace engine has that as a port too, to send
+//! to. Addresses stay learnt behind the tap, which is the way when the uplink cannot be sent to directly.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use sluice_pipeline::tables::{PortConfig, port_flag};
+use sluice_pipeline::tables::{PortConfig, port_flag, port_kind};
 
 use crate::image::{Behind, Image, PortImage};
 use crate::lower::flood;
@@ -69,6 +72,9 @@ fn user(whole: &Image, served: &BTreeSet<u32>, taps: &BTreeMap<u32, u32>) -> Ima
     }
     for (id, switch) in &whole.switches {
         if let Some(tap) = taps.get(id) {
+            if let Some(uplink) = short_cut(whole, *id, switch.uplink, served) {
+                image.ports.insert(switch.uplink, uplink);
+            }
             let mut switch = *switch;
             switch.uplink = *tap;
             image.switches.insert(*id, switch);
@@ -85,6 +91,29 @@ fn user(whole: &Image, served: &BTreeSet<u32>, taps: &BTreeMap<u32, u32>) -> Ima
     image.groups = of_them.map(|(id, group)| (*id, group.clone())).collect();
     flood::lower_lists(&mut image);
     image
+}
+
+/// The uplink as the userspace engine's port, if whatever has no static address and comes by the trunk has come by the uplink.
+fn short_cut(whole: &Image, switch: u32, uplink: u32, served: &BTreeSet<u32>) -> Option<PortImage> {
+    let mut port = whole.ports.get(&uplink).filter(|port| port.config.flags & port_flag::LEARN != 0)?.clone();
+    let is_other = |id: &u32, port: &PortImage| {
+        port.config.switch == switch
+            && *id != uplink
+            && !served.contains(id)
+            && port.behind != Behind::UserTap
+            && port.config.kind != port_kind::INTERNAL
+    };
+    // Others send as themselves, and nothing is learnt behind them.
+    const GUARDED: u32 = port_flag::MAC_GUARD;
+    let is_guarded = |port: &PortImage| port.config.flags & (port_flag::LEARN | GUARDED) == GUARDED;
+    if whole.ports.iter().any(|(id, port)| is_other(id, port) && !is_guarded(port)) {
+        return None;
+    }
+    port.behind = Behind::Uplink;
+    port.config.ifindex = 0;
+    // What is flooded takes the trunk.
+    port.is_standby = true;
+    Some(port)
 }
 
 fn groups(config: &PortConfig) -> impl Iterator<Item = u32> {

@@ -7,8 +7,9 @@ use bytemuck::Zeroable;
 use sluice_pipeline::tables::{
     AclGroup, CACHE_SLOTS, CacheSlot, Direction, FDB_MAX, FdbEntry, FdbKey, FloodChunk, FloodKey, IpGuardKey,
     MacKey, PortConfig, PortStats, RateConfig, RuleEntry, RuleKey, SwitchConfig, TupleChunk, TupleKey,
+    port_flag,
 };
-use sluice_pipeline::{DropReason, LoopBody, Stage, Tables, conform};
+use sluice_pipeline::{Context, DropReason, LoopBody, Stage, Tables, conform};
 
 use super::{Log, State};
 use crate::image::Image;
@@ -218,6 +219,14 @@ impl<const COMPLETE: bool> Tables for View<'_, COMPLETE> {
                 return;
             }
         }
+    }
+
+    fn way(&self, context: &Context, port: u32) -> u32 {
+        let is_attached = |id: &u32| {
+            self.image.ports.get(id).is_some_and(|port| port.config.flags & port_flag::ATTACHED != 0)
+        };
+        let short_cut = self.image.short_cut(port).filter(|_| context.ingress != port);
+        short_cut.filter(is_attached).unwrap_or(port)
     }
 
     fn stage(&self, stage: Stage) {

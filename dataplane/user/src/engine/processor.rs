@@ -14,7 +14,7 @@ use super::honest::is_honest;
 use super::outgoing::Outgoing;
 use super::tables::Tables;
 use super::verdicts::Verdicts;
-use super::view::{Header, Own, View};
+use super::view::{BulkSenders, Header, Own, View};
 use super::{Engine, Shared};
 use crate::frame::{Frame, Pool, Region};
 use crate::port::Batch;
@@ -43,7 +43,11 @@ impl Processor {
             tables: None,
             shared,
             counters,
-            own: Own { verdicts: RefCell::new(Verdicts::new()), copies: RefCell::new(FdbCopies::new()) },
+            own: Own {
+                verdicts: RefCell::new(Verdicts::new()),
+                copies: RefCell::new(FdbCopies::new()),
+                bulk: RefCell::new(BulkSenders::new()),
+            },
             pool: Pool::new(region),
             outgoing: Outgoing::new(number),
             copies: Copies::default(),
@@ -77,6 +81,7 @@ impl Processor {
         let view = View { tables, fdb: &shared.fdb, buckets: &shared.buckets, counters, own, now, seconds };
         for frame in batch.frames() {
             frame.prefetch();
+            own.bulk.borrow_mut().note(ingress, frame.offload(), seconds);
         }
         for mut frame in batch.drain() {
             let length = frame.len() as u32;

@@ -10,7 +10,7 @@ use sluice_pipeline::tables::{
     AclGroup, FloodChunk, FloodKey, IpGuardKey, MacKey, PortConfig, RuleEntry, RuleKey, RuleSlot,
     SwitchConfig, TUPLE_CHUNK, TrunkBitmap, Tuple, TupleChunk, port_flag,
 };
-use sluice_policy::image::{GroupImage, Image};
+use sluice_policy::image::{Behind, GroupImage, Image};
 
 use super::egress::Egress;
 
@@ -23,6 +23,8 @@ pub(super) struct PortEntry {
     pub(super) trunk: TrunkBitmap,
     /// The way out; `None` where nothing is attached.
     pub(super) egress: Option<Arc<Egress>>,
+    /// Of a trunk: the attached port that is the shorter way to whatever was learnt behind it.
+    pub(super) short_cut: Option<u32>,
 }
 
 /// A group of rules.
@@ -71,14 +73,22 @@ impl Tables {
         before: (&Image, &Tables),
         epoch: u64,
     ) -> Tables {
+        let uplinks: BTreeMap<u32, u32> = image
+            .ports
+            .iter()
+            .filter(|(id, port)| port.behind == Behind::Uplink && attached.contains_key(id))
+            .map(|(id, port)| (port.config.switch, *id))
+            .collect();
         let ports = image.ports.iter().map(|(&id, port)| {
+            let is_trunk = port.behind == Behind::UserTap;
+            let short_cut = uplinks.get(&port.config.switch).copied().filter(|_| is_trunk);
             let egress = attached.get(&id).cloned();
             let mut config = port.config;
             config.flags &= !port_flag::ATTACHED;
             if egress.is_some() {
                 config.flags |= port_flag::ATTACHED;
             }
-            (id, PortEntry { config, trunk: port.trunk, egress })
+            (id, PortEntry { config, trunk: port.trunk, egress, short_cut })
         });
         let group = |(&id, group): (&u32, &GroupImage)| {
             let known = before.1.groups.get(&id).filter(|_| before.0.groups.get(&id) == Some(group));

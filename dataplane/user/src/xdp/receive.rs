@@ -46,6 +46,11 @@ impl XdpReceive {
         self.socket.fd()
     }
 
+    /// A share in the socket.
+    pub(super) fn shared(&self) -> Arc<Socket> {
+        Arc::clone(&self.socket)
+    }
+
     /// What can still be asked when it is placed.
     pub(super) fn monitor(&self) -> XdpMonitor {
         XdpMonitor(Arc::downgrade(&self.socket))
