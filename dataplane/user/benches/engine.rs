@@ -145,7 +145,7 @@ fn engine(
         engine.attach(two, vec![Box::new(near.transmit)]);
         Some(far.receive)
     };
-    (Processor::new(&engine, region, 0), one, far)
+    (Processor::new(&engine, region), one, far)
 }
 
 fn main() {

@@ -3,22 +3,24 @@
 //!
 //! A worker spins while there is work, and for a moment after; then it asks its queues for notifications and sleeps in
 //! epoll. Queues are placed on workers, and moved between them while frames pass: a queue is handed over between two
-//! batches, and whatever waits in it waits for its new worker.
+//! batches, and whatever waits in it waits for its new worker. Where it goes is decided by who has the fewest, then by
+//! load ([`Workers::balance`]), or by hand ([`Workers::set_pins`]). Workers come and go in the same way
+//! ([`Workers::set_cores`]).
 //!
 //! [`Workers`] is the handle; any thread may use it. It never stops a worker for longer than it takes to hand a queue over, and
 //! waits for none that has died.
 
 mod balance;
+mod meter;
+mod team;
 #[cfg(test)]
 mod tests;
 mod thread;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -26,13 +28,11 @@ use parking_lot::Mutex;
 use crate::engine::{Engine, Processor};
 use crate::frame::Region;
 use crate::port::Receive;
-pub use balance::{Load, Move};
-use thread::{Command, Mailbox, QueueCounters, ThreadCounters};
+pub use balance::Move;
+use team::Team;
+use thread::Thread;
 
-/// How long a worker may take to answer. It does between two batches, which take moments.
-const ANSWER: Duration = Duration::from_secs(5);
-
-/// A worker, counted from 0.
+/// A worker, named by the core that it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerId(pub usize);
 
@@ -83,12 +83,12 @@ pub enum WorkersError {
         source: io::Error,
     },
     /// No such worker.
-    #[error("there is no worker {}, only {workers}", .worker.0)]
+    #[error("there is no worker on core {}; they are on {}", .worker.0, list(.workers))]
     NoWorker {
         /// Asked for.
         worker: WorkerId,
-        /// How many there are.
-        workers: usize,
+        /// Those that there are.
+        workers: Vec<WorkerId>,
     },
     /// The queue is placed already.
     #[error("{0} is placed already; move it")]
@@ -96,7 +96,7 @@ pub enum WorkersError {
     /// The queue is on no worker.
     #[error("{0} is on no worker")]
     NotPlaced(QueueId),
-    /// The worker could not watch the queue's event; the queue is gone.
+    /// The worker could not watch the queue's event.
     #[error("{queue} cannot be watched: {source}; the process may have too many open files")]
     Watch {
         /// The queue.
@@ -105,32 +105,55 @@ pub enum WorkersError {
         source: io::Error,
     },
     /// The worker's thread has ended or answers no more, which is a bug.
-    #[error("worker {} has died; restart the engine", .0.0)]
+    #[error("the worker of core {} has died; restart the engine", .0.0)]
     Died(WorkerId),
 }
 
+fn list(workers: &[WorkerId]) -> String {
+    workers.iter().map(|worker| worker.0.to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// How busy something has been over the last few seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Pace {
+    /// Share of the time that was spent on frames: 0 to 1.
+    pub load: f64,
+    /// Frames received.
+    pub frames_per_second: f64,
+}
+
 /// A worker as it is now. Times and counts are since it started.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct WorkerStatus {
     /// Which.
     pub worker: WorkerId,
-    /// Its core.
-    pub core: usize,
+    /// Whether it sleeps until a queue rings. If not, it works or spins.
+    pub is_asleep: bool,
+    /// How it has been of late.
+    pub lately: Pace,
+    /// Frames received.
+    pub frames: u64,
+    /// How often it looked at its queues, each once.
+    pub polls: u64,
+    /// How often it was woken.
+    pub wakeups: u64,
     /// Time spent on frames.
     pub busy: Duration,
     /// Time spent asleep. The rest was spent looking for frames.
     pub asleep: Duration,
-    /// How often it went to sleep.
-    pub sleeps: u64,
     /// Its queues.
     pub queues: Vec<QueueStatus>,
 }
 
-/// A placed queue as it is now. Counts are since it was placed on its worker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A placed queue as it is now. Counts are since it was placed first, on whatever worker.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct QueueStatus {
     /// Which.
     pub queue: QueueId,
+    /// Where it is pinned to, if it is. If no worker is there, it is on another.
+    pub pin: Option<WorkerId>,
+    /// How it has been of late.
+    pub lately: Pace,
     /// Batches received.
     pub batches: u64,
     /// Frames received.
@@ -142,24 +165,10 @@ pub struct QueueStatus {
 /// All workers of an engine. Dropped, they end.
 #[derive(Debug)]
 pub struct Workers {
-    threads: Vec<Thread>,
-    placed: Mutex<BTreeMap<QueueId, Placement>>,
-    /// Busy time of queues when loads were last balanced.
-    balanced: Mutex<BTreeMap<QueueId, Duration>>,
-}
-
-#[derive(Debug)]
-struct Thread {
-    core: usize,
-    mailbox: Arc<Mailbox>,
-    counters: Arc<ThreadCounters>,
-    handle: Option<JoinHandle<()>>,
-}
-
-#[derive(Debug)]
-struct Placement {
-    worker: WorkerId,
-    counters: Arc<QueueCounters>,
+    engine: Engine,
+    region: Arc<Region>,
+    patience: Patience,
+    team: Mutex<Team>,
 }
 
 impl Workers {
@@ -173,31 +182,61 @@ impl Workers {
         cores: &[usize],
         patience: Patience,
     ) -> Result<Workers, WorkersError> {
-        if cores.is_empty() {
-            return Err(WorkersError::NoCores);
-        }
-        // Made first: whatever fails below, its drop ends the threads that run already.
-        let mut workers =
-            Workers { threads: Vec::new(), placed: Mutex::default(), balanced: Mutex::default() };
-        for (number, &core) in cores.iter().enumerate() {
-            let failed = |source| WorkersError::Start { core, source };
-            let processor = Processor::new(engine, region, number);
-            let mailbox = Arc::new(Mailbox::new().map_err(failed)?);
-            let counters = Arc::new(ThreadCounters::default());
-            let handle =
-                thread::start(number, core, patience, processor, &mailbox, &counters).map_err(failed)?;
-            workers.threads.push(Thread { core, mailbox, counters, handle: Some(handle) });
-        }
+        let workers = Workers {
+            engine: engine.clone(),
+            region: Arc::clone(region),
+            patience,
+            team: Mutex::new(Team::new(thread::now())),
+        };
+        workers.set_cores(cores)?;
         Ok(workers)
     }
 
-    /// How many there are.
-    pub fn count(&self) -> usize {
-        self.threads.len()
+    /// The cores that there are workers on, in order.
+    pub fn cores(&self) -> Vec<usize> {
+        self.team.lock().threads.keys().map(|worker| worker.0).collect()
     }
 
-    fn thread(&self, worker: WorkerId) -> Result<&Thread, WorkersError> {
-        self.threads.get(worker.0).ok_or(WorkersError::NoWorker { worker, workers: self.threads.len() })
+    /// Has workers on these cores and no others, while frames pass. Queues of those that end move to others, and new ones
+    /// are given their part. Says what was moved.
+    ///
+    /// The calling thread is the parent of those that are started: they have its capabilities.
+    ///
+    /// # Errors
+    /// Without cores, or if the kernel refuses one: then nothing has changed. If a worker has died, those that are wanted
+    /// no more and still have queues stay.
+    pub fn set_cores(&self, cores: &[usize]) -> Result<Vec<Move>, WorkersError> {
+        let wanted: BTreeSet<WorkerId> = cores.iter().map(|core| WorkerId(*core)).collect();
+        if wanted.is_empty() {
+            return Err(WorkersError::NoCores);
+        }
+        let mut team = self.team.lock();
+        let mut fresh = BTreeMap::new();
+        for &worker in wanted.iter().filter(|worker| !team.threads.contains_key(worker)) {
+            let processor = Processor::new(&self.engine, &self.region);
+            let thread = Thread::start(worker, self.patience, processor)
+                .map_err(|source| WorkersError::Start { core: worker.0, source })?;
+            fresh.insert(worker, thread);
+        }
+        let has_grown = !fresh.is_empty();
+        team.threads.append(&mut fresh);
+        let mut moves = team.empty_all_but(&wanted)?;
+        if has_grown {
+            moves.extend(team.obey_pins()?);
+            moves.extend(team.spread()?);
+        }
+        Ok(moves)
+    }
+
+    /// Pins these queues to workers, and no others. Queues that are placed move there at once; others go there when they
+    /// are placed. Where no worker is, a pin waits for one.
+    ///
+    /// # Errors
+    /// If a worker does not take its queue, which stays where it is; the pins stand.
+    pub fn set_pins(&self, pins: BTreeMap<QueueId, WorkerId>) -> Result<Vec<Move>, WorkersError> {
+        let mut team = self.team.lock();
+        team.pins = pins;
+        team.obey_pins()
     }
 
     /// Places a queue on a worker, which serves it from now on.
@@ -210,14 +249,10 @@ impl Workers {
         receive: Box<dyn Receive>,
         worker: WorkerId,
     ) -> Result<(), WorkersError> {
-        let mut placed = self.placed.lock();
-        if placed.contains_key(&queue) {
-            return Err(WorkersError::Placed(queue));
-        }
-        self.hand_over(&mut placed, queue, receive, worker)
+        self.team.lock().place(queue, receive, worker)
     }
 
-    /// Places a queue on the worker that has the fewest, and says which.
+    /// Places a queue on the worker that it is pinned to, or else on that with the fewest, and says which.
     ///
     /// # Errors
     /// As [`place`](Self::place).
@@ -226,31 +261,11 @@ impl Workers {
         queue: QueueId,
         receive: Box<dyn Receive>,
     ) -> Result<WorkerId, WorkersError> {
-        let mut placed = self.placed.lock();
-        if placed.contains_key(&queue) {
-            return Err(WorkersError::Placed(queue));
-        }
-        let count =
-            |worker: &usize| placed.values().filter(|placement| placement.worker.0 == *worker).count();
-        let worker = WorkerId((0..self.threads.len()).min_by_key(count).unwrap_or(0));
-        self.hand_over(&mut placed, queue, receive, worker)?;
+        let mut team = self.team.lock();
+        let all: BTreeSet<WorkerId> = team.threads.keys().copied().collect();
+        let worker = team.home(queue, &all);
+        team.place(queue, receive, worker)?;
         Ok(worker)
-    }
-
-    fn hand_over(
-        &self,
-        placed: &mut BTreeMap<QueueId, Placement>,
-        queue: QueueId,
-        receive: Box<dyn Receive>,
-        worker: WorkerId,
-    ) -> Result<(), WorkersError> {
-        let counters = Arc::new(QueueCounters::default());
-        let theirs = Arc::clone(&counters);
-        let watched =
-            self.ask(worker, |answer| Command::Take { queue, receive, counters: theirs, answer })?;
-        watched.map_err(|source| WorkersError::Watch { queue, source })?;
-        placed.insert(queue, Placement { worker, counters });
-        Ok(())
     }
 
     /// Takes a queue off its worker. What waits in it stays in it.
@@ -258,99 +273,30 @@ impl Workers {
     /// # Errors
     /// If it is on none.
     pub fn remove(&self, queue: QueueId) -> Result<Box<dyn Receive>, WorkersError> {
-        let mut placed = self.placed.lock();
-        let receive = self.take_back(&placed, queue)?;
-        placed.remove(&queue);
-        self.balanced.lock().remove(&queue);
-        Ok(receive)
-    }
-
-    fn take_back(
-        &self,
-        placed: &BTreeMap<QueueId, Placement>,
-        queue: QueueId,
-    ) -> Result<Box<dyn Receive>, WorkersError> {
-        let worker = placed.get(&queue).ok_or(WorkersError::NotPlaced(queue))?.worker;
-        self.ask(worker, |answer| Command::Give { queue, answer })?.ok_or(WorkersError::NotPlaced(queue))
-    }
-
-    /// Has a worker carry a command out, and waits for its answer.
-    fn ask<T>(
-        &self,
-        worker: WorkerId,
-        command: impl FnOnce(Sender<T>) -> Command,
-    ) -> Result<T, WorkersError> {
-        let thread = self.thread(worker)?;
-        if thread.handle.as_ref().is_none_or(JoinHandle::is_finished) {
-            return Err(WorkersError::Died(worker));
-        }
-        let (answer, done) = channel();
-        thread.mailbox.send(command(answer));
-        // The mailbox of a worker that died meanwhile keeps the other end: nobody would close it.
-        done.recv_timeout(ANSWER).map_err(|_| WorkersError::Died(worker))
+        self.team.lock().remove(queue)
     }
 
     /// Moves a queue to another worker while frames pass; none is lost, and their order stays.
     ///
     /// # Errors
-    /// If it is on no worker, or there is no such worker: then it stays where it is.
+    /// If it is on no worker, or there is no such worker, or that cannot take it: then it stays where it is.
     pub fn move_to(&self, queue: QueueId, worker: WorkerId) -> Result<(), WorkersError> {
-        self.thread(worker)?;
-        let mut placed = self.placed.lock();
-        if placed.get(&queue).is_some_and(|placement| placement.worker == worker) {
-            return Ok(());
-        }
-        let receive = self.take_back(&placed, queue)?;
-        placed.remove(&queue);
-        self.balanced.lock().remove(&queue);
-        self.hand_over(&mut placed, queue, receive, worker)
+        self.team.lock().transfer(queue, worker)
     }
 
-    /// Moves queues so that workers are busy alike, by what each queue cost since this was last called; and says what
-    /// was moved. Small differences stay as they are.
+    /// Moves queues so that workers are busy alike, by what each queue has cost of late; and says what was moved. Pinned ones
+    /// stay. To be called every few seconds: the time since the last call is what is measured.
+    ///
+    /// Nothing is moved while no worker has much to do, or for small differences; and what was moved rests for some calls.
     ///
     /// # Errors
     /// As [`move_to`](Self::move_to).
     pub fn balance(&self) -> Result<Vec<Move>, WorkersError> {
-        let mut loads = Vec::new();
-        {
-            let placed = self.placed.lock();
-            let mut before = self.balanced.lock();
-            for (&queue, placement) in placed.iter() {
-                let busy = placement.counters.status(queue).busy;
-                let earlier = before.insert(queue, busy).unwrap_or_default();
-                loads.push(Load { queue, worker: placement.worker, busy: busy.saturating_sub(earlier) });
-            }
-        }
-        let moves = balance::plan(&loads, self.threads.len());
-        for step in &moves {
-            self.move_to(step.queue, step.to)?;
-        }
-        Ok(moves)
+        self.team.lock().balance(thread::now())
     }
 
-    /// What they do.
+    /// What they do, by core.
     pub fn status(&self) -> Vec<WorkerStatus> {
-        let placed = self.placed.lock();
-        let status = |(number, thread): (usize, &Thread)| {
-            let worker = WorkerId(number);
-            let own = placed.iter().filter(|(_, placement)| placement.worker == worker);
-            let queues = own.map(|(&queue, placement)| placement.counters.status(queue)).collect();
-            thread.counters.status(worker, thread.core, queues)
-        };
-        self.threads.iter().enumerate().map(status).collect()
-    }
-}
-
-impl Drop for Workers {
-    fn drop(&mut self) {
-        for thread in &self.threads {
-            thread.mailbox.send(Command::Stop);
-        }
-        for handle in self.threads.iter_mut().filter_map(|thread| thread.handle.take()) {
-            if handle.join().is_err() {
-                tracing::error!("a worker had died of a panic");
-            }
-        }
+        self.team.lock().status(thread::now())
     }
 }

@@ -63,7 +63,7 @@ impl World {
         assign_ids(&config, &mut ids).expect("numbers");
         let engine = Engine::new();
         engine.apply(lower(&config, &ids, &Bindings::new()).expect("an image"));
-        let processor = Processor::new(&engine, &region, 0);
+        let processor = Processor::new(&engine, &region);
         let (mut ports, mut near, mut guests, mut sockets) = (vec![], vec![], vec![], vec![]);
         for (number, mac) in MACS.into_iter().enumerate() {
             let port = ids.ports.get(&format!("vnic/vm{number}")).expect("a number");

@@ -20,7 +20,7 @@ use sluice_tests::netns;
 use sluice_tests::{Netns, PacketSocket, lab_guest, wait_until};
 use sluice_user::engine::Engine;
 use sluice_user::frame::{Region, RegionLayout};
-use sluice_user::workers::{Patience, QueueId, WorkerId, Workers};
+use sluice_user::workers::{Patience, QueueId, Workers};
 use sluice_user::xdp::{self, SocketStatistics, Steering, XdpError, XdpMode, XdpMonitor, XdpOptions};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -120,7 +120,7 @@ impl Setting {
         self.steerings.push(steering);
         let port = self.ports[number];
         self.engine.attach(port, vec![Box::new(queue.transmit)]);
-        self.workers.place(QueueId { port, queue: 0 }, Box::new(queue.receive), WorkerId(0))?;
+        self.workers.place_anywhere(QueueId { port, queue: 0 }, Box::new(queue.receive))?;
         Ok(())
     }
 

@@ -17,9 +17,15 @@ impl Egress {
         (!queues.is_empty()).then_some(Egress { queues })
     }
 
-    /// The queue that this worker uses. Where there are as many as workers, nobody waits; a lock is held for a batch.
+    /// How many there are.
     #[inline]
-    pub(super) fn queue(&self, worker: usize) -> MutexGuard<'_, Box<dyn Transmit>> {
-        self.queues[worker % self.queues.len()].lock()
+    pub(super) fn count(&self) -> usize {
+        self.queues.len()
+    }
+
+    /// A queue, of which there is always one. Its lock is held for a batch.
+    #[inline]
+    pub(super) fn queue(&self, lane: usize) -> MutexGuard<'_, Box<dyn Transmit>> {
+        self.queues[lane % self.queues.len()].lock()
     }
 }

@@ -18,8 +18,6 @@ pub(super) struct Outgoing {
     /// The first `used` are.
     groups: Vec<Group>,
     used: usize,
-    /// Which of a port's transmit queues is used.
-    queue: usize,
     /// Frames that are made fit.
     fit: Batch,
 }
@@ -31,8 +29,8 @@ struct Group {
 }
 
 impl Outgoing {
-    pub(super) fn new(queue: usize) -> Outgoing {
-        Outgoing { groups: Vec::new(), used: 0, queue, fit: Batch::new() }
+    pub(super) fn new() -> Outgoing {
+        Outgoing { groups: Vec::new(), used: 0, fit: Batch::new() }
     }
 
     /// Adds a frame that leaves by `port`.
@@ -52,9 +50,9 @@ impl Outgoing {
         group.frames.push(frame);
     }
 
-    /// Sends everything, and counts it.
-    pub(super) fn send(&mut self, tables: &Tables, pool: &mut Pool, counters: &Counters) {
-        let Outgoing { groups, used, queue, fit } = self;
+    /// Sends everything, and counts it. Of ports with several transmit queues, `lane` says which is used.
+    pub(super) fn send(&mut self, lane: usize, tables: &Tables, pool: &mut Pool, counters: &Counters) {
+        let Outgoing { groups, used, fit } = self;
         let mut segments = SEGMENTS;
         for group in &mut groups[..*used] {
             let way = Way { port: group.port, counters };
@@ -64,7 +62,7 @@ impl Outgoing {
                 group.frames.give(pool);
                 continue;
             };
-            let mut queue = egress.queue(*queue);
+            let mut queue = egress.queue(lane);
             let accepts = queue.accepts();
             if group.frames.frames().iter().all(|frame| accepts.takes(&frame.offload())) {
                 way.send(&mut **queue, pool, &mut group.frames);

@@ -9,6 +9,7 @@ use arc_swap::{ArcSwap, Cache};
 use sluice_pipeline::{Context, Delivery, DropReason, Sink, Tag, Verdict, decide, flood};
 
 use super::counters::Counters;
+use super::egress::Egress;
 use super::fdb::FdbCopies;
 use super::honest::is_honest;
 use super::outgoing::Outgoing;
@@ -33,9 +34,8 @@ pub struct Processor {
 }
 
 impl Processor {
-    /// A processor that takes frames from `region`, and uses the transmit queues of number `number`, modulo how many a port
-    /// has.
-    pub fn new(engine: &Engine, region: &Arc<Region>, number: usize) -> Processor {
+    /// A processor that takes frames from `region`.
+    pub fn new(engine: &Engine, region: &Arc<Region>) -> Processor {
         let shared = Arc::clone(&engine.shared);
         let counters = Arc::new(Counters::new());
         shared.counters.lock().working.push(Arc::clone(&counters));
@@ -49,7 +49,7 @@ impl Processor {
                 bulk: RefCell::new(BulkSenders::new()),
             },
             pool: Pool::new(region),
-            outgoing: Outgoing::new(number),
+            outgoing: Outgoing::new(),
             copies: Copies::default(),
         }
     }
@@ -72,9 +72,19 @@ impl Processor {
         self.tables = None;
     }
 
-    /// Takes frames that came from port `ingress` through everything, and leaves the batch empty. `now` is nanoseconds of
-    /// the monotonic clock, the same for all processors of the engine.
+    /// Takes frames that came from the first queue of port `ingress` through everything: see
+    /// [`process_queue`](Self::process_queue).
     pub fn process(&mut self, ingress: u32, batch: &mut Batch, now: u64) {
+        self.process_queue(ingress, 0, batch, now);
+    }
+
+    /// Takes frames that came from a queue of port `ingress` through everything, and leaves the batch empty. `now` is
+    /// nanoseconds of the monotonic clock, the same for all processors of the engine.
+    ///
+    /// They leave by the same transmit queue of a port whichever processor sends them, so none is overtaken when their queue
+    /// changes workers: by that of the same number, as guests expect of answers, or, if the port has but one queue, by one
+    /// that the port's number chooses.
+    pub fn process_queue(&mut self, ingress: u32, queue: u16, batch: &mut Batch, now: u64) {
         let Processor { shared, tables, counters, own, pool, outgoing, copies } = self;
         let tables: &Tables = tables.get_or_insert_with(|| Cache::new(Arc::clone(&shared.published))).load();
         let seconds = (now / 1_000_000_000) as u32;
@@ -109,7 +119,10 @@ impl Processor {
                 Verdict::Drop { .. } | Verdict::Defer => pool.give(frame),
             }
         }
-        outgoing.send(tables, pool, counters);
+        let has_more = |egress: &Arc<Egress>| egress.count() > 1;
+        let is_one_of_many = tables.port(ingress).and_then(|port| port.egress.as_ref()).is_some_and(has_more);
+        let lane = if is_one_of_many { usize::from(queue) } else { ingress as usize };
+        outgoing.send(lane, tables, pool, counters);
     }
 }
 

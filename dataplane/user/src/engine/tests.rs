@@ -78,7 +78,7 @@ impl Bench {
     fn with_memory(policies: Vec<Policy>, accepts: &[Accepts], layout: RegionLayout) -> Bench {
         let region = Region::new(layout).expect("memory");
         let engine = Engine::new();
-        let processor = Processor::new(&engine, &region, 0);
+        let processor = Processor::new(&engine, &region);
         let (image, ports) = image(policies);
         engine.apply(image);
         let mut ends = BTreeMap::new();
@@ -387,7 +387,7 @@ fn workers_share_a_bucket_and_their_counters_outlive_them() {
     let policies = vec![Policy { rate_from_vm: rate, ..Policy::default() }, Policy::default()];
     let mut bench = Bench::new(policies, &[Accepts::ALL; 2]);
     let [one, two] = bench.ports[..] else { panic!("two ports") };
-    let mut other = Processor::new(&bench.engine, &bench.region, 1);
+    let mut other = Processor::new(&bench.engine, &bench.region);
     let mut batch = Batch::new();
     for _ in 0..3 {
         let frames = (0..BATCH).map(|_| bench.frame(mac(2), mac(1))).collect();

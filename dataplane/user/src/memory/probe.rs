@@ -58,7 +58,7 @@ impl Probe {
     pub fn new() -> Result<Probe, ProbeError> {
         let region = Region::new(RegionLayout { small: 1024, large: 64 })?;
         let engine = Engine::new();
-        let processor = Processor::new(&engine, &region, 0);
+        let processor = Processor::new(&engine, &region);
         Ok(Probe {
             engine,
             processor,

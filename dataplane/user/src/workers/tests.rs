@@ -1,6 +1,9 @@
+use std::os::fd::AsFd as _;
+use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
-use nix::sched::sched_getaffinity;
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::sys::eventfd::EventFd;
 use nix::unistd::Pid;
 use sluice_policy::generate::Rng;
 
@@ -8,44 +11,60 @@ use super::*;
 use crate::engine::tests::{image, mac, plain, super_frame};
 use crate::frame::{Pool, RegionLayout};
 use crate::memory::{MemoryPort, link};
-use crate::port::{Accepts, Batch, Transmit as _};
+use crate::port::{Accepts, Batch, Transmit};
 
 /// Longer than anything takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn cores() -> Vec<usize> {
+/// Two cores, for two workers.
+fn cores() -> [usize; 2] {
     let allowed = sched_getaffinity(Pid::from_raw(0)).expect("an affinity");
-    let mut cores: Vec<usize> =
-        (0..64).filter(|core| allowed.is_set(*core).is_ok_and(|is_set| is_set)).take(2).collect();
-    cores.resize(2, cores[0]);
-    cores
+    let mut cores = (0..CpuSet::count()).filter(|core| allowed.is_set(*core).is_ok_and(|is_set| is_set));
+    [(); 2].map(|()| cores.next().expect("these tests need two cores"))
 }
 
-/// Two vNICs, served by two workers; and the far ends.
+fn ids() -> [WorkerId; 2] {
+    cores().map(WorkerId)
+}
+
+/// Two vNICs, served by two workers; and the far ends of their queues.
 struct Setting {
     engine: Engine,
     region: Arc<Region>,
     workers: Workers,
     ports: Vec<u32>,
-    ends: Vec<MemoryPort>,
+    ends: Vec<Vec<MemoryPort>>,
 }
 
 impl Setting {
-    fn new() -> Setting {
+    /// Ports of so many queues.
+    fn new(queues: [u16; 2]) -> Setting {
         let region = Region::new(RegionLayout { small: 4096, large: 4 }).expect("memory");
         let engine = Engine::new();
         let (image, ports) = image(vec![Default::default(); 2]);
         engine.apply(image);
         let workers = Workers::start(&engine, &region, &cores(), Patience::default()).expect("workers");
-        let ends = ports.iter().map(|&port| {
-            let (near, far) = link(512, [Accepts::ALL; 2]).expect("a link");
-            engine.attach(port, vec![Box::new(near.transmit)]);
-            workers.place_anywhere(QueueId { port, queue: 0 }, Box::new(near.receive)).expect("a place");
+        let end = |port: u32, queues: u16| -> Vec<MemoryPort> {
+            let mut ways_out: Vec<Box<dyn Transmit>> = Vec::new();
+            let far = (0..queues).map(|queue| {
+                let (near, far) = link(512, [Accepts::ALL; 2]).expect("a link");
+                ways_out.push(Box::new(near.transmit));
+                workers.place_anywhere(QueueId { port, queue }, Box::new(near.receive)).expect("a place");
+                far
+            });
+            let far = far.collect();
+            engine.attach(port, ways_out);
             far
-        });
-        let ends = ends.collect();
+        };
+        let ends = ports.iter().zip(queues).map(|(port, queues)| end(*port, queues)).collect();
         Setting { engine, region, workers, ports, ends }
     }
+}
+
+/// Where a queue is.
+fn place_of(workers: &Workers, queue: QueueId) -> Option<WorkerId> {
+    let has_it = |worker: &WorkerStatus| worker.queues.iter().any(|status| status.queue == queue);
+    workers.status().into_iter().find(has_it).map(|worker| worker.worker)
 }
 
 fn until(what: &str, mut done: impl FnMut() -> bool) {
@@ -56,96 +75,287 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-#[test]
-fn queues_move_under_load_and_no_frame_is_lost_or_overtaken() {
-    let Setting { engine, region, workers, ports, mut ends } = Setting::new();
-    let mut pool = Pool::new(&region);
-    let (mut sent, mut received) = (0u64, 0u64);
-    let mut batch = Batch::new();
-    let mut rng = Rng::new(1);
-    let queue = QueueId { port: ports[0], queue: 0 };
-    let begin = Instant::now();
-    let mut moves = 0;
-    while moves < 200 {
-        assert!(begin.elapsed() < PATIENCE, "{sent} sent, {received} received");
-        while sent - received < 256 && batch.room() > 0 {
-            let mut bytes = plain(mac(2), mac(1));
-            bytes[20..28].copy_from_slice(&sent.to_be_bytes());
-            batch.push(pool.copy(&bytes).expect("memory"));
-            sent += 1;
-        }
-        ends[0].transmit.transmit(&mut pool, &mut batch);
-        ends[0].transmit.flush();
-        ends[1].receive.receive(&mut pool, &mut batch);
-        for frame in batch.drain() {
-            assert_eq!(frame.bytes()[20..28], received.to_be_bytes(), "the next frame is another");
-            received += 1;
-            pool.give(frame);
-        }
-        if rng.chance(5) {
-            workers.move_to(queue, WorkerId(rng.below(2))).expect("it moves");
-            moves += 1;
+/// Flows of numbered frames from each queue of a port to another port.
+struct Traffic {
+    pool: Pool,
+    batch: Batch,
+    flows: BTreeMap<(usize, u8), Flow>,
+}
+
+#[derive(Default)]
+struct Flow {
+    sent: u64,
+    received: u64,
+    /// The queue that the far end gets it by.
+    queue: Option<usize>,
+}
+
+impl Traffic {
+    const FLOWS: u8 = 4;
+
+    fn new(region: &Arc<Region>) -> Traffic {
+        Traffic { pool: Pool::new(region), batch: Batch::new(), flows: BTreeMap::new() }
+    }
+
+    fn under_way(&self) -> u64 {
+        self.flows.values().map(|flow| flow.sent - flow.received).sum()
+    }
+
+    fn sent(&self) -> u64 {
+        self.flows.values().map(|flow| flow.sent).sum()
+    }
+
+    /// Sends some of each flow from each queue.
+    fn send(&mut self, from: &mut [MemoryPort]) {
+        for (queue, end) in from.iter_mut().enumerate() {
+            for number in 0..Self::FLOWS {
+                let flow = self.flows.entry((queue, number)).or_default();
+                while self.batch.room() > 0 && flow.sent - flow.received < 50 {
+                    let mut bytes = plain(mac(2), mac(1));
+                    bytes[14] = queue as u8;
+                    bytes[15] = number;
+                    bytes[20..28].copy_from_slice(&flow.sent.to_be_bytes());
+                    self.batch.push(self.pool.copy(&bytes).expect("memory"));
+                    flow.sent += 1;
+                }
+            }
+            let wanted = self.batch.len();
+            let sent = end.transmit.transmit(&mut self.pool, &mut self.batch);
+            assert_eq!(sent, wanted, "there is room for all that is under way");
+            end.transmit.flush();
         }
     }
-    until("the last frame", || {
-        ends[1].receive.receive(&mut pool, &mut batch);
-        received += batch.len() as u64;
-        batch.give(&mut pool);
-        received == sent
+
+    /// Receives, and holds each flow to its order and to its queue.
+    fn receive(&mut self, to: &mut [MemoryPort]) {
+        for (queue, end) in to.iter_mut().enumerate() {
+            end.receive.receive(&mut self.pool, &mut self.batch);
+            for frame in self.batch.drain() {
+                let [from, number] = frame.bytes()[14..16] else { panic!("a short frame") };
+                let flow = self.flows.get_mut(&(usize::from(from), number)).expect("a flow of ours");
+                assert_eq!(frame.bytes()[20..28], flow.received.to_be_bytes(), "the next frame is another");
+                assert_eq!(*flow.queue.get_or_insert(queue), queue, "it comes by another queue");
+                flow.received += 1;
+                self.pool.give(frame);
+            }
+        }
+    }
+
+    /// Lets traffic pass while `change` changes something, so many times; then all frames have arrived.
+    fn pass(&mut self, ends: &mut [Vec<MemoryPort>], changes: usize, mut change: impl FnMut(usize)) {
+        let begin = Instant::now();
+        let mut rng = Rng::new(1);
+        let mut done = 0;
+        while done < changes {
+            assert!(begin.elapsed() < PATIENCE, "{} sent, {} under way", self.sent(), self.under_way());
+            self.send(&mut ends[0]);
+            self.receive(&mut ends[1]);
+            if rng.chance(10) {
+                change(done);
+                done += 1;
+            }
+        }
+        until("the last frame", || {
+            self.receive(&mut ends[1]);
+            self.under_way() == 0
+        });
+    }
+}
+
+#[test]
+fn queues_move_under_load_and_no_frame_is_lost_or_overtaken() {
+    for queues in [[1, 4], [2, 2], [3, 2]] {
+        let Setting { engine, region, workers, ports, mut ends } = Setting::new(queues);
+        let mut traffic = Traffic::new(&region);
+        let mut rng = Rng::new(2);
+        traffic.pass(&mut ends, 200, |_| {
+            let queue = QueueId { port: ports[0], queue: rng.below(usize::from(queues[0])) as u16 };
+            workers.move_to(queue, ids()[rng.below(2)]).expect("it moves");
+        });
+        let sent = traffic.sent();
+        assert_eq!(engine.port_stats(ports[1]).tx_packets, sent);
+        let status = workers.status();
+        assert!(status.iter().all(|worker| !worker.busy.is_zero()), "both have worked: {status:?}");
+        let of_queues = status.iter().flat_map(|worker| &worker.queues).map(|queue| queue.frames);
+        assert_eq!(of_queues.sum::<u64>(), sent, "a queue's counts move with it");
+        assert_eq!(status.iter().map(|worker| worker.frames).sum::<u64>(), sent);
+        drop((workers, engine, ends, traffic));
+        assert_eq!(region.outstanding(), 0);
+    }
+}
+
+#[test]
+fn workers_come_and_go_under_load_and_no_frame_is_lost_or_overtaken() {
+    let Setting { engine, region, workers, ports, mut ends } = Setting::new([3, 2]);
+    let [one, two] = cores();
+    let mut traffic = Traffic::new(&region);
+    traffic.pass(&mut ends, 60, |step| {
+        let cores = [vec![one], vec![one, two], vec![two], vec![two, one, two]][step % 4].clone();
+        workers.set_cores(&cores).expect("they start");
+        let status = workers.status();
+        let numbers: Vec<usize> = status.iter().map(|worker| worker.queues.len()).collect();
+        let (most, least) = (numbers.iter().max(), numbers.iter().min());
+        assert!(most.zip(least).is_some_and(|(most, least)| *most <= 5 && *least > 0), "{numbers:?}");
+        assert_eq!(workers.cores().len(), if step % 2 == 0 { 1 } else { 2 });
     });
-    let stats = engine.port_stats(ports[1]);
-    assert_eq!(stats.tx_packets, sent);
-    let busy: Vec<_> = workers.status().iter().map(|worker| worker.busy).collect();
-    assert!(busy.iter().all(|busy| !busy.is_zero()), "both have worked: {busy:?}");
-    drop((workers, engine, ends));
+    assert_eq!(engine.port_stats(ports[1]).tx_packets, traffic.sent(), "counts outlive workers");
+    assert!(matches!(workers.set_cores(&[]), Err(WorkersError::NoCores)));
+    assert!(matches!(workers.set_cores(&[one, 1000]), Err(WorkersError::Start { core: 1000, .. })));
+    assert_eq!(workers.cores(), cores(), "nothing has changed");
+    drop((workers, engine, ends, traffic));
     assert_eq!(region.outstanding(), 0);
 }
 
 #[test]
+fn pinned_queues_are_where_they_are_pinned_to() {
+    let Setting { workers, ports, .. } = Setting::new([2, 1]);
+    let [one, two] = ids();
+    let queue = |queue| QueueId { port: ports[0], queue };
+    let places = || [0, 1].map(|number| place_of(&workers, queue(number)).expect("it is placed"));
+    for worker in [one, two, one] {
+        workers.set_pins([(queue(0), worker), (queue(1), worker)].into()).expect("they move");
+        assert_eq!(places(), [worker; 2]);
+        workers.balance().expect("nothing to be done");
+        assert_eq!(places(), [worker; 2]);
+    }
+    // A pin outlives its queue, and the worker that it names.
+    let receive = workers.remove(queue(1)).expect("it is placed");
+    workers.set_pins([(queue(0), two), (queue(1), two)].into()).expect("it moves");
+    assert_eq!(workers.place_anywhere(queue(1), receive).expect("it is placed"), two);
+    workers.set_cores(&[one.0]).expect("there is one left");
+    assert_eq!(places(), [one; 2]);
+    workers.set_cores(&cores()).expect("it starts");
+    assert_eq!(places(), [two; 2]);
+    let pins = |workers: &Workers| {
+        workers
+            .status()
+            .iter()
+            .flat_map(|worker| &worker.queues)
+            .filter(|queue| queue.pin == Some(two))
+            .count()
+    };
+    assert_eq!(pins(&workers), 2);
+    workers.set_pins(BTreeMap::new()).expect("nothing to be done");
+    assert_eq!(pins(&workers), 0);
+}
+
+/// A queue that cannot be watched by the threads of one worker.
+#[derive(Debug)]
+struct Picky {
+    refused: String,
+    event: EventFd,
+    file: std::fs::File,
+    served: Sender<String>,
+}
+
+impl Receive for Picky {
+    fn receive(&mut self, _pool: &mut Pool, _batch: &mut Batch) {
+        let name = std::thread::current().name().expect("workers have names").to_owned();
+        let _ = self.served.send(name); // the test may have ended
+    }
+
+    fn event(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        // Files cannot be waited for.
+        let is_refused = std::thread::current().name() == Some(&self.refused);
+        Some(if is_refused { self.file.as_fd() } else { self.event.as_fd() })
+    }
+
+    fn arm(&mut self) -> bool {
+        false
+    }
+
+    fn disarm(&mut self) {}
+}
+
+#[test]
+fn a_queue_that_cannot_move_stays_where_it_is() {
+    let Setting { workers, .. } = Setting::new([1, 1]);
+    let [one, two] = ids();
+    let queue = QueueId { port: 99, queue: 0 };
+    let picky = |served| Picky {
+        refused: format!("sluice-worker-{}", two.0),
+        event: EventFd::new().expect("an eventfd"),
+        file: std::fs::File::open("/proc/self/exe").expect("a file"),
+        served,
+    };
+    let (served, serves) = channel();
+    workers.place(queue, Box::new(picky(served)), one).expect("it is taken");
+    for _ in 0..3 {
+        let moved = workers.move_to(queue, two);
+        assert!(
+            matches!(moved, Err(WorkersError::Watch { queue: found, .. }) if found == queue),
+            "{moved:?}"
+        );
+        assert_eq!(place_of(&workers, queue), Some(one));
+        serves.try_iter().for_each(drop);
+        assert_eq!(serves.recv_timeout(PATIENCE), Ok(format!("sluice-worker-{}", one.0)));
+    }
+    // Nor does a worker go that would leave it behind.
+    assert!(matches!(workers.set_cores(&[two.0]), Err(WorkersError::Watch { .. })));
+    assert_eq!(place_of(&workers, queue), Some(one));
+    let (served, serves) = channel();
+    let other = QueueId { port: 99, queue: 1 };
+    assert!(matches!(workers.place(other, Box::new(picky(served)), two), Err(WorkersError::Watch { .. })));
+    assert!(serves.recv().is_err(), "it is dropped");
+}
+
+fn wakeups(workers: &Workers) -> u64 {
+    workers.status().iter().map(|worker| worker.wakeups).sum()
+}
+
+fn sleep_all(workers: &Workers) -> bool {
+    workers.status().iter().all(|worker| worker.is_asleep)
+}
+
+#[test]
 fn idle_workers_sleep_and_wake_for_a_frame() {
-    let Setting { region, workers, mut ends, .. } = Setting::new();
+    let Setting { region, workers, mut ends, .. } = Setting::new([1, 1]);
     let mut pool = Pool::new(&region);
-    let asleep = || workers.status().iter().all(|worker| worker.sleeps > 0);
-    until("sleep", asleep);
-    let sleeps = |workers: &Workers| workers.status().iter().map(|worker| worker.sleeps).sum::<u64>();
+    until("sleep", || sleep_all(&workers));
     for _ in 0..100 {
         let mut batch = Batch::new();
         batch.push(pool.copy(&plain(mac(1), mac(2))).expect("memory"));
-        let before = sleeps(&workers);
-        ends[1].transmit.transmit(&mut pool, &mut batch);
-        ends[1].transmit.flush();
+        let before = wakeups(&workers);
+        ends[1][0].transmit.transmit(&mut pool, &mut batch);
+        ends[1][0].transmit.flush();
         until("delivery", || {
-            ends[0].receive.receive(&mut pool, &mut batch);
+            ends[0][0].receive.receive(&mut pool, &mut batch);
             !batch.is_empty()
         });
         batch.give(&mut pool);
-        until("sleep again", || sleeps(&workers) > before);
+        until("sleep again", || wakeups(&workers) > before && sleep_all(&workers));
     }
-    let before = sleeps(&workers);
-    // With nothing to do they are woken by nothing.
+    // With nothing to do they are woken by nothing, and look at nothing.
+    let counts = |workers: &Workers| -> Vec<_> {
+        workers.status().iter().map(|worker| (worker.wakeups, worker.polls)).collect()
+    };
+    let before = counts(&workers);
+    let slept: Vec<Duration> = workers.status().iter().map(|worker| worker.asleep).collect();
     let begin = Instant::now();
     until("a while", || begin.elapsed() > Duration::from_millis(100));
-    assert!(sleeps(&workers) <= before + 1);
+    assert_eq!(counts(&workers), before);
+    for (status, before) in workers.status().iter().zip(slept) {
+        assert!(status.asleep >= before + Duration::from_millis(100), "the sleep of now counts: {status:?}");
+    }
 }
 
 #[test]
 fn a_sleeping_worker_holds_on_to_no_detached_port() {
-    let Setting { engine, region, workers, ports, mut ends } = Setting::new();
-    until("sleep", || workers.status().iter().all(|worker| worker.sleeps > 0));
-    let sleeps = || workers.status().iter().map(|worker| worker.sleeps).sum::<u64>();
-    let before = sleeps();
+    let Setting { engine, region, workers, ports, mut ends } = Setting::new([1, 1]);
+    until("sleep", || sleep_all(&workers));
+    let before = wakeups(&workers);
     // Awake once, so that it has looked at the tables.
     let (mut pool, mut batch) = (Pool::new(&region), Batch::new());
     batch.push(pool.copy(&plain(mac(2), mac(1))).expect("memory"));
-    ends[0].transmit.transmit(&mut pool, &mut batch);
-    ends[0].transmit.flush();
+    ends[0][0].transmit.transmit(&mut pool, &mut batch);
+    ends[0][0].transmit.flush();
     until("delivery", || {
-        ends[1].receive.receive(&mut pool, &mut batch);
+        ends[1][0].receive.receive(&mut pool, &mut batch);
         !batch.is_empty()
     });
-    until("sleep again", || sleeps() > before);
+    until("sleep again", || wakeups(&workers) > before && sleep_all(&workers));
     engine.detach(ports[1]);
-    until("letting go", || ends[1].receive.is_abandoned());
+    until("letting go", || ends[1][0].receive.is_abandoned());
 }
 
 /// Everything at once, for a while: ports come and go, queues move, policies change, workers balance, frames of all kinds fly.
@@ -181,7 +391,7 @@ fn no_frame_is_lost_from_the_books_whatever_is_changed_meanwhile() {
                 drop(far);
             }
             2 if ends.contains_key(&number) => {
-                workers.move_to(queue(number), WorkerId(rng.below(2))).expect("it moves");
+                workers.move_to(queue(number), ids()[rng.below(2)]).expect("it moves");
             }
             3 if round % 10 == 0 => engine.apply(if rng.chance(50) { image.clone() } else { fewer.clone() }),
             4 => drop(workers.balance().expect("all are placed")),
@@ -212,19 +422,22 @@ fn no_frame_is_lost_from_the_books_whatever_is_changed_meanwhile() {
 
 #[test]
 fn mistakes_are_told() {
-    let Setting { engine, region, workers, ports, .. } = Setting::new();
+    let Setting { engine, region, workers, ports, .. } = Setting::new([1, 1]);
+    let [one, two] = ids();
+    let nobody = WorkerId(1000);
     let queue = QueueId { port: ports[0], queue: 0 };
     let other = QueueId { port: ports[0], queue: 1 };
     let (near, _far) = link(8, [Accepts::ALL; 2]).expect("a link");
-    let receive = workers.place(queue, Box::new(near.receive), WorkerId(0));
+    let receive = workers.place(queue, Box::new(near.receive), one);
     assert!(matches!(receive, Err(WorkersError::Placed(found)) if found == queue));
-    assert!(matches!(workers.move_to(other, WorkerId(0)), Err(WorkersError::NotPlaced(_))));
-    assert!(matches!(workers.move_to(queue, WorkerId(2)), Err(WorkersError::NoWorker { workers: 2, .. })));
+    assert!(matches!(workers.move_to(other, one), Err(WorkersError::NotPlaced(_))));
+    let refused = workers.move_to(queue, nobody).expect_err("nobody is there").to_string();
+    assert_eq!(refused, format!("there is no worker on core 1000; they are on {}, {}", one.0, two.0));
     workers.remove(queue).expect("it is there");
     assert!(matches!(workers.remove(queue), Err(WorkersError::NotPlaced(_))));
     let patience = Patience::default();
     assert!(matches!(Workers::start(&engine, &region, &[], patience), Err(WorkersError::NoCores)));
-    let refused = Workers::start(&engine, &region, &[cores()[0], 1000], patience);
+    let refused = Workers::start(&engine, &region, &[one.0, nobody.0], patience);
     assert!(matches!(refused, Err(WorkersError::Start { core: 1000, .. })));
 }
 
@@ -254,45 +467,23 @@ fn nobody_waits_for_a_worker_that_is_stuck_or_has_died() {
     let engine = Engine::new();
     let workers = Workers::start(&engine, &region, &cores()[..1], Patience::default()).expect("a worker");
     let (go_on, trap) = channel();
-    workers.place(QueueId { port: 1, queue: 0 }, Box::new(Trap(trap)), WorkerId(0)).expect("it is there");
+    workers.place(QueueId { port: 1, queue: 0 }, Box::new(Trap(trap)), ids()[0]).expect("it is there");
     let (tell, told) = channel();
     std::thread::spawn(move || {
         let place = |queue| {
             let (end, other) = channel();
-            let placed = workers.place(QueueId { port: 2, queue }, Box::new(Trap(other)), WorkerId(0));
-            (matches!(placed, Err(WorkersError::Died(WorkerId(0)))), end)
+            let placed = workers.place(QueueId { port: 2, queue }, Box::new(Trap(other)), ids()[0]);
+            (matches!(placed, Err(WorkersError::Died(worker)) if worker == ids()[0]), end)
         };
         let (is_stuck, end) = place(0);
         // Nobody is there to go on with the queue that comes late.
         go_on.send(()).expect("it listens");
         until("its end", || end.send(()).is_err());
         drop(go_on);
-        until("the worker's end", || workers.threads[0].handle.as_ref().is_some_and(JoinHandle::is_finished));
+        until("the worker's end", || workers.team.lock().threads[&ids()[0]].has_ended());
         let (is_dead, _) = place(1);
         // A test that has failed hears no more.
         let _ = tell.send([is_stuck, is_dead]);
     });
     assert_eq!(told.recv_timeout(PATIENCE), Ok([true, true]));
-}
-
-#[test]
-fn load_is_spread_and_small_differences_stay() {
-    let load = |queue, worker, milliseconds| Load {
-        queue: QueueId { port: 1, queue },
-        worker: WorkerId(worker),
-        busy: Duration::from_millis(milliseconds),
-    };
-    let plan = |loads: &[Load]| -> Vec<(u16, usize)> {
-        balance::plan(loads, 2).iter().map(|step| (step.queue.queue, step.to.0)).collect()
-    };
-    assert_eq!(plan(&[]), []);
-    assert_eq!(plan(&[load(0, 0, 50), load(1, 0, 50)]), [(0, 1)]);
-    assert_eq!(plan(&[load(0, 0, 90), load(1, 0, 10)]), [(1, 1)]);
-    assert_eq!(plan(&[load(0, 0, 50), load(1, 0, 4), load(2, 1, 48)]), [], "they are alike");
-    assert_eq!(plan(&[load(0, 0, 60), load(1, 0, 40), load(2, 1, 10)]), [(1, 1)]);
-    assert_eq!(plan(&[load(0, 0, 50), load(1, 1, 45), load(2, 1, 5)]), []);
-    assert_eq!(plan(&[load(0, 0, 0), load(1, 0, 0)]), []);
-    assert_eq!(plan(&[load(0, 0, 100)]), [], "one queue cannot be split");
-    let many: Vec<Load> = (0..10).map(|queue| load(queue, 0, 10)).collect();
-    assert_eq!(plan(&many).len(), 5);
 }

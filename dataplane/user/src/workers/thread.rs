@@ -15,19 +15,23 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
 
-use super::{Patience, QueueId, QueueStatus, WorkerId, WorkerStatus};
+use super::meter::Amount;
+use super::{Pace, Patience, QueueId, QueueStatus, WorkerId, WorkerStatus};
 use crate::engine::Processor;
 use crate::port::{Batch, Receive};
+
+/// Why a queue cannot be served; and the queue.
+pub(super) type NotTaken = (io::Error, Box<dyn Receive>);
 
 /// What a worker is asked to do between two rounds.
 #[derive(Debug)]
 pub(super) enum Command {
-    /// Serve a queue.
+    /// Serve a queue, or hand it back with the reason why not.
     Take {
         queue: QueueId,
         receive: Box<dyn Receive>,
         counters: Arc<QueueCounters>,
-        answer: Sender<io::Result<()>>,
+        answer: Sender<Result<(), NotTaken>>,
     },
     /// Serve it no more, and hand it back.
     Give { queue: QueueId, answer: Sender<Option<Box<dyn Receive>>> },
@@ -44,7 +48,7 @@ pub(super) struct Mailbox {
 }
 
 impl Mailbox {
-    pub(super) fn new() -> io::Result<Mailbox> {
+    fn new() -> io::Result<Mailbox> {
         let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
         Ok(Mailbox { commands: Mutex::default(), has_any: AtomicBool::new(false), bell })
     }
@@ -61,14 +65,30 @@ impl Mailbox {
         self.has_any.store(false, Ordering::Relaxed);
         std::mem::take(&mut commands)
     }
+
+    /// Takes a queue back that the worker has not looked at.
+    pub(super) fn withdraw(&self, wanted: QueueId) -> Option<Box<dyn Receive>> {
+        let mut commands = self.commands.lock();
+        let is_it = |command: &Command| matches!(command, Command::Take { queue, .. } if *queue == wanted);
+        let place = commands.iter().position(is_it)?;
+        match commands.remove(place) {
+            Command::Take { receive, .. } => Some(receive),
+            Command::Give { .. } | Command::Stop => None,
+        }
+    }
 }
 
 /// Written by the worker alone. Times are nanoseconds.
 #[derive(Debug, Default)]
 pub(super) struct ThreadCounters {
+    frames: AtomicU64,
+    polls: AtomicU64,
     busy: AtomicU64,
+    /// Without the sleep of now.
     asleep: AtomicU64,
-    sleeps: AtomicU64,
+    /// When the sleep of now began; 0 if it is awake.
+    asleep_since: AtomicU64,
+    wakeups: AtomicU64,
 }
 
 /// Likewise, of one queue.
@@ -88,61 +108,103 @@ fn time(counter: &AtomicU64) -> Duration {
 }
 
 impl ThreadCounters {
-    pub(super) fn status(&self, worker: WorkerId, core: usize, queues: Vec<QueueStatus>) -> WorkerStatus {
+    /// All but its queues and its pace.
+    pub(super) fn status(&self, worker: WorkerId, now: u64) -> WorkerStatus {
+        let since = self.asleep_since.load(Ordering::Relaxed);
+        let is_asleep = since != 0;
+        let nap = if is_asleep { Duration::from_nanos(now.saturating_sub(since)) } else { Duration::ZERO };
         WorkerStatus {
             worker,
-            core,
+            is_asleep,
+            lately: Pace::default(),
+            frames: self.frames.load(Ordering::Relaxed),
+            polls: self.polls.load(Ordering::Relaxed),
+            wakeups: self.wakeups.load(Ordering::Relaxed),
             busy: time(&self.busy),
-            asleep: time(&self.asleep),
-            sleeps: self.sleeps.load(Ordering::Relaxed),
-            queues,
+            asleep: time(&self.asleep) + nap,
+            queues: Vec::new(),
         }
+    }
+
+    pub(super) fn amount(&self) -> Amount {
+        Amount { busy: self.busy.load(Ordering::Relaxed), frames: self.frames.load(Ordering::Relaxed) }
     }
 }
 
 impl QueueCounters {
+    /// All but its pin and its pace.
     pub(super) fn status(&self, queue: QueueId) -> QueueStatus {
         QueueStatus {
             queue,
+            pin: None,
+            lately: Pace::default(),
             batches: self.batches.load(Ordering::Relaxed),
             frames: self.frames.load(Ordering::Relaxed),
-            busy: time(&self.busy),
+            busy: self.busy(),
         }
+    }
+
+    pub(super) fn busy(&self) -> Duration {
+        time(&self.busy)
+    }
+
+    pub(super) fn amount(&self) -> Amount {
+        Amount { busy: self.busy.load(Ordering::Relaxed), frames: self.frames.load(Ordering::Relaxed) }
     }
 }
 
-/// Starts a thread on a core, and waits until it is there.
-pub(super) fn start(
-    number: usize,
-    core: usize,
-    patience: Patience,
-    processor: Processor,
-    mailbox: &Arc<Mailbox>,
-    counters: &Arc<ThreadCounters>,
-) -> io::Result<JoinHandle<()>> {
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-    epoll.add(mailbox.bell.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
-    let worker = Worker {
-        patience,
-        processor,
-        mailbox: Arc::clone(mailbox),
-        counters: Arc::clone(counters),
-        epoll,
-        queues: Vec::new(),
-        batch: Batch::new(),
-    };
-    let (there, pinned) = std::sync::mpsc::channel();
-    let handle = std::thread::Builder::new().name(format!("sluice-worker-{number}")).spawn(move || {
-        let result = pin(core);
-        let is_pinned = result.is_ok();
-        let _ = there.send(result); // nobody waits for a worker that could not start
-        if is_pinned {
-            worker.run();
+/// A worker's thread, from outside. Dropped, it ends.
+#[derive(Debug)]
+pub(super) struct Thread {
+    pub(super) mailbox: Arc<Mailbox>,
+    pub(super) counters: Arc<ThreadCounters>,
+    handle: Option<JoinHandle<()>>,
+}
+
+impl Thread {
+    /// Starts a thread on a core, and waits until it is there.
+    pub(super) fn start(worker: WorkerId, patience: Patience, processor: Processor) -> io::Result<Thread> {
+        let mailbox = Arc::new(Mailbox::new()?);
+        let counters = Arc::new(ThreadCounters::default());
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(mailbox.bell.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        let core = worker.0;
+        let worker = Worker {
+            patience,
+            processor,
+            mailbox: Arc::clone(&mailbox),
+            counters: Arc::clone(&counters),
+            epoll,
+            queues: Vec::new(),
+            batch: Batch::new(),
+        };
+        let (there, pinned) = std::sync::mpsc::channel();
+        let handle = std::thread::Builder::new().name(format!("sluice-worker-{core}")).spawn(move || {
+            let result = pin(core);
+            let is_pinned = result.is_ok();
+            let _ = there.send(result); // nobody waits for a worker that could not start
+            if is_pinned {
+                worker.run();
+            }
+        })?;
+        let ended = || io::Error::other("the thread ended at once");
+        pinned.recv().map_err(|_| ended())??;
+        Ok(Thread { mailbox, counters, handle: Some(handle) })
+    }
+
+    /// Whether it has ended, which it does of itself only by a panic.
+    pub(super) fn has_ended(&self) -> bool {
+        self.handle.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        self.mailbox.send(Command::Stop);
+        if self.handle.take().is_some_and(|handle| handle.join().is_err()) {
+            tracing::error!("a worker had died of a panic");
         }
-    })?;
-    let ended = || io::Error::other("the thread ended at once");
-    pinned.recv().map_err(|_| ended())??;
-    Ok(handle)
+    }
 }
 
 fn pin(core: usize) -> io::Result<()> {
@@ -152,7 +214,7 @@ fn pin(core: usize) -> io::Result<()> {
 }
 
 /// Nanoseconds of the monotonic clock; 0 if there is none, which does not happen.
-fn now() -> u64 {
+pub(super) fn now() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC)
         .map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
 }
@@ -196,11 +258,9 @@ impl Worker {
             }
             time = now();
             if time.saturating_sub(last_busy) >= spin {
-                self.sleep();
-                let awake = now();
-                add(&self.counters.asleep, awake.saturating_sub(time));
-                time = awake;
-                last_busy = awake;
+                self.sleep(time);
+                time = now();
+                last_busy = time;
             } else {
                 self.processor.idle();
                 std::hint::spin_loop();
@@ -211,25 +271,28 @@ impl Worker {
     /// Looks at each queue once; whether any had frames. `time` is kept up to date.
     fn round(&mut self, time: &mut u64) -> bool {
         let mut worked = false;
+        add(&self.counters.polls, 1);
         for served in &mut self.queues {
             served.receive.receive(self.processor.pool(), &mut self.batch);
             let frames = self.batch.len();
             if frames == 0 {
                 continue;
             }
-            self.processor.process(served.queue.port, &mut self.batch, *time);
+            let QueueId { port, queue } = served.queue;
+            self.processor.process_queue(port, queue, &mut self.batch, *time);
             let end = now();
             add(&served.counters.batches, 1);
             add(&served.counters.frames, frames as u64);
             add(&served.counters.busy, end.saturating_sub(*time));
+            add(&self.counters.frames, frames as u64);
             *time = end;
             worked = true;
         }
         worked
     }
 
-    /// Sleeps until a queue or the mailbox rings, unless there is something already.
-    fn sleep(&mut self) {
+    /// Sleeps until a queue or the mailbox rings, unless there is something already. `time` is now.
+    fn sleep(&mut self, time: u64) {
         let mut must_look = false;
         let mut armed = 0;
         for served in &mut self.queues {
@@ -240,12 +303,15 @@ impl Worker {
             armed += 1;
         }
         if armed == self.queues.len() {
-            add(&self.counters.sleeps, 1);
             self.processor.rest();
             let nap = EpollTimeout::try_from(self.patience.nap).unwrap_or(EpollTimeout::ZERO);
             let timeout = if must_look { nap } else { EpollTimeout::NONE };
+            self.counters.asleep_since.store(time, Ordering::Relaxed);
             // An interruption is as good as a ring.
             let _ = self.epoll.wait(&mut [EpollEvent::empty()], timeout);
+            self.counters.asleep_since.store(0, Ordering::Relaxed);
+            add(&self.counters.asleep, now().saturating_sub(time));
+            add(&self.counters.wakeups, 1);
         }
         for served in &mut self.queues[..armed] {
             served.receive.disarm();
@@ -262,11 +328,11 @@ impl Worker {
                         Some(event) => self.epoll.add(event, EpollEvent::new(EpollFlags::EPOLLIN, 1)),
                         None => Ok(()),
                     };
-                    let is_watched = watched.is_ok();
-                    let is_heard = answer.send(watched.map_err(Into::into)).is_ok();
-                    if is_watched && is_heard {
+                    if let Err(error) = watched {
+                        let _ = answer.send(Err((error.into(), receive))); // who asked is gone, and the queue with it
+                    } else if answer.send(Ok(())).is_ok() {
                         self.queues.push(Served { queue, receive, counters });
-                    } else if let Some(event) = receive.event().filter(|_| is_watched) {
+                    } else if let Some(event) = receive.event() {
                         // Who asked has given it up.
                         let _ = self.epoll.delete(event); // it was added
                     }
