@@ -12,7 +12,6 @@
 
 mod driver;
 pub mod external;
-mod links;
 pub mod netns;
 pub mod qmp;
 

@@ -11,6 +11,7 @@ pub mod chaos;
 pub mod contract;
 pub mod legacy;
 pub mod lifecycle;
+pub mod links;
 mod netlink;
 pub mod nic;
 pub mod probe;

@@ -7,12 +7,15 @@ pub(crate) mod attr;
 use std::convert::Infallible;
 use std::fmt;
 use std::io;
+use std::time::Duration;
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
     NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 use netlink_sys::{Socket, SocketAddr};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
 
 use attr::{Read, u32_at};
 
@@ -21,7 +24,7 @@ const HEADER: usize = 16;
 /// `NLMSGERR_ATTR_MSG` of linux/netlink.h.
 const MESSAGE: u16 = 1;
 /// How often a dump is repeated that was overtaken by changes.
-const REPEATS: usize = 5;
+const REPEATS: usize = 20;
 
 /// A message as bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,6 +102,12 @@ impl Connection {
         socket.set_cap_ack(true)?;
         socket.set_ext_ack(true)?;
         Ok(Connection { socket, sequence: 0 })
+    }
+
+    /// From now on, an answer that does not come in this time is an error; otherwise it is waited for.
+    pub(crate) fn wait_at_most(&self, patience: Duration) -> io::Result<()> {
+        let patience = TimeVal::milliseconds(patience.as_millis().try_into().unwrap_or(i64::MAX));
+        Ok(setsockopt(&self.socket, sockopt::ReceiveTimeout, &patience)?)
     }
 
     /// Asks for a list, again if it changes meanwhile.

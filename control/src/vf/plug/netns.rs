@@ -22,8 +22,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use sluice_eswitch::links::{Link, LinkError, Links, Namespace};
+
 use super::driver::Function;
-use super::links::{Link, Links, Namespace, Refusal};
 use super::{Candidate, Plug, PlugError, Progress};
 
 /// How long an interface may be nowhere: while a driver makes it, or while a namespace is being deleted.
@@ -230,7 +231,7 @@ impl Netns {
     /// Puts the interface into the bond.
     fn enslave(&self, found: &mut Found, vf: &Candidate) -> Result<(), PlugError> {
         let Found { links, link } = found;
-        let failed = |operation: &'static str| move |error: Refusal| self.failed(operation, error);
+        let failed = |operation: &'static str| move |error: LinkError| self.failed(operation, error);
         let list = links.list().map_err(failed("listing interfaces in"))?;
         let Some(bond) = self.bond(&list, Some(vf))? else { return Ok(()) };
         if link.master != Some(bond.index) {
@@ -283,7 +284,7 @@ impl Netns {
     fn fetch(&self, found: &mut Found, vf: &Candidate, by_force: bool) -> Result<(), PlugError> {
         let Found { links, link } = found;
         let home = self.host.home()?;
-        let failed = |operation: &'static str| move |error: Refusal| self.failed(operation, error);
+        let failed = |operation: &'static str| move |error: LinkError| self.failed(operation, error);
         let step = |result: Result<(), PlugError>| if by_force { Ok(()) } else { result };
         if link.master.is_some() {
             step(links.set_master(link.index, 0).map_err(failed("taking the VF out of the bond in")))?;
@@ -292,12 +293,12 @@ impl Netns {
         let mut moved = Ok(());
         for name in self.names_at_home(vf) {
             moved = links.move_to(link.index, home, &name);
-            if moved.as_ref().is_err_and(Refusal::is_clash) && !link.alt_names.is_empty() {
+            if moved.as_ref().is_err_and(LinkError::is_clash) && !link.alt_names.is_empty() {
                 // The guest can give it names that the host uses.
                 step(links.drop_names(link.index, &link.alt_names).map_err(failed("renaming the VF in")))?;
                 moved = links.move_to(link.index, home, &name);
             }
-            if !moved.as_ref().is_err_and(Refusal::is_clash) {
+            if !moved.as_ref().is_err_and(LinkError::is_clash) {
                 break;
             }
         }

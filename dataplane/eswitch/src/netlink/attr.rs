@@ -100,15 +100,19 @@ impl<'a> Read<'a> {
 
     /// A text, without the zero at its end.
     pub(crate) fn text(&self, kind: u16) -> Option<String> {
-        let bytes = self.get(kind)?;
-        let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-        Some(String::from_utf8_lossy(&bytes[..end]).into_owned())
+        self.get(kind).map(text)
     }
 
     /// All values, in the order of their kinds.
     pub(crate) fn values(&self) -> impl Iterator<Item = &'a [u8]> {
         self.0.values().copied()
     }
+}
+
+/// A text, without the zero at its end.
+pub(crate) fn text(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
 }
 
 /// Attributes one by one, kind and value, as far as they are whole: a list may have many of a kind.
