@@ -17,6 +17,12 @@ pub enum EngineError {
         "the embedded eBPF object does not fit this engine ({0}): run `cargo xtask build-ebpf` and build again"
     )]
     ObjectMismatch(String),
+    /// The running kernel does not tell what the programs must know of its structures.
+    #[error(
+        "the kernel does not tell where in its structures it keeps what guests leave undone ({0}): Sluice needs a kernel \
+         with CONFIG_DEBUG_INFO_BTF"
+    )]
+    KernelTypes(String),
     /// The kernel refused the object.
     #[error(
         "the kernel refused the eBPF object; Sluice needs Linux 6.6 or later and CAP_BPF, CAP_NET_ADMIN and \

@@ -17,6 +17,7 @@ mod ethtool;
 mod features;
 mod hook;
 mod internal;
+mod kernel_types;
 mod links;
 mod live;
 mod loader;

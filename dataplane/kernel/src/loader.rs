@@ -13,7 +13,7 @@ use crate::maps::Maps;
 use crate::pins::{self, Pins};
 use crate::report::{MapsOutcome, ProgramsOutcome};
 use crate::syscall::{self, MapShape};
-use crate::{EngineError, object};
+use crate::{EngineError, kernel_types, object};
 
 /// The program on TCX.
 pub(crate) const TC: &str = "sluice_tc";
@@ -122,7 +122,9 @@ pub(crate) fn load(pins: &Pins) -> Result<Loaded, EngineError> {
     for name in expected.keys() {
         loader.map_pin_path(name, directory.join(name));
     }
-    let mut ebpf = loader.load(object).map_err(|error| EngineError::Load(Box::new(error)))?;
+    let filled = kernel_types::fill_in(object)?;
+    let mut ebpf =
+        loader.load(bytemuck::cast_slice(&filled)).map_err(|error| EngineError::Load(Box::new(error)))?;
     let missing = |name: &str| EngineError::ObjectMismatch(format!("there is no program {name} in it"));
     let refused = |name| move |error: ProgramError| EngineError::Program { name, source: Box::new(error) };
     let mut outcomes = Vec::new();

@@ -16,7 +16,9 @@
 mod acl;
 mod decide;
 mod guard;
+pub mod offload;
 mod parse;
+pub mod placeholder;
 mod rate;
 mod reason;
 pub mod tables;

@@ -74,7 +74,8 @@ drop_reasons! {
     MalformedArp = 4, "malformed-arp";
     /// IPv4 header cut off, of another version, or with a header length below 20 bytes or past the total length.
     MalformedIpv4 = 5, "malformed-ipv4";
-    /// The IPv4 total length or IPv6 payload length reaches past the end of the frame.
+    /// The IPv4 total length or IPv6 payload length reaches past the end of the frame; or a checksum that is still to be filled
+    /// in, or the cut of a super-frame, would write into headers that were decided on.
     MalformedLength = 6, "malformed-length";
     /// IPv6 header cut off or of another version.
     MalformedIpv6 = 7, "malformed-ipv6";

@@ -12,6 +12,7 @@
 
 mod atomic;
 mod maps;
+mod offload;
 mod packet;
 mod tables;
 mod tc;

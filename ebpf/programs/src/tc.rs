@@ -12,6 +12,7 @@ use sluice_pipeline::{
 };
 
 use crate::maps;
+use crate::offload::leaves_alone;
 use crate::packet::{Linear, clear};
 use crate::tables::{Maps, count_tx, port_of};
 
@@ -41,7 +42,16 @@ pub fn ingress(ctx: &TcContext) -> i32 {
     // What travels beside the bytes counts: XDP, and the wire, have it among them.
     // SAFETY: the context is valid while the program runs.
     let bytes = if unsafe { (*skb.ctx).vlan_present } == 0 { length } else { length + 4 };
-    match decide(&skb, &TABLES, port, bytes, context) {
+    let verdict = decide(&skb, &TABLES, port, bytes, context);
+    // Decided on as it came in; what the kernel will write into it must not undo that.
+    // SAFETY: the context is valid while the program runs.
+    if matches!(verdict, Verdict::Unicast(_) | Verdict::Flood)
+        && !unsafe { leaves_alone(skb.ctx, &context.headers) }
+    {
+        TABLES.count_drop(port, DropReason::MalformedLength);
+        return TC_ACT_SHOT;
+    }
+    match verdict {
         Verdict::Unicast(delivery) => unicast(ctx, context, &delivery),
         Verdict::Flood => {
             // What was dropped has been counted.
