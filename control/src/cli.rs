@@ -13,6 +13,7 @@ mod target;
 #[cfg(test)]
 mod tests;
 mod vf;
+mod workers;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,6 +22,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 use output::{Intent, Output};
 use target::{KindWord, VnicArgs};
+use workers::WorkersArgs;
 
 /// Controls the software switch `sluiced` of this host.
 #[derive(Debug, Parser)]
@@ -127,6 +129,8 @@ enum Command {
         #[arg(value_name = "SWITCH")]
         name: Option<String>,
     },
+    /// Show the userspace engine's workers and the queues that each serves, or change where they are.
+    Workers(WorkersArgs),
     /// Show versions.
     Version,
     /// Print a completion script.

@@ -8,6 +8,7 @@ mod change;
 mod counters;
 mod status;
 mod vfs;
+mod workers;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -197,6 +198,7 @@ impl Core {
 
     fn program(&mut self) -> Result<Vec<String>, Error> {
         let ports = lower::ports_with(&self.config, &self.backings);
+        self.tell_workers();
         let mut done = self.engine.ensure_internal(&ports)?;
         for line in &done {
             self.events.note(Severity::Info, line.clone());

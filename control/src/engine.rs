@@ -17,12 +17,13 @@ use sluice_pipeline::DropReason;
 use sluice_pipeline::tables::{PortStats, RuleStats};
 use sluice_policy::image::Image;
 use sluice_policy::lower::PortSpec;
+use sluice_user::workers::Move;
 
 use crate::trace::LiveTrace;
 
 pub use joint::{JointEngine, UserPlane};
 pub use kernel::KernelEngine;
-pub use user::UserEngine;
+pub use user::{UserEngine, UserError, WorkersPlan, WorkersView};
 pub use wires::{Steer, Wire, WireReport};
 
 /// Tells the owner of an engine that something has changed by itself: a pass is due. Called from any thread.
@@ -107,6 +108,25 @@ pub trait DataPlane {
     fn rule_stats(&self, counters: &[u32]) -> Result<Vec<RuleStats>, EngineError>;
     /// Takes a frame from a port through the pipeline over the live tables, without any side effect.
     fn trace(&self, ingress: u32, frame: &[u8]) -> LiveTrace;
+    /// Has workers on other cores, and queues on other workers, while frames pass. Before there are workers it is a wish.
+    ///
+    /// # Errors
+    /// If that cannot be; it stays as it was then.
+    fn set_workers(&mut self, _plan: &WorkersPlan) -> Result<(), UserError> {
+        Ok(())
+    }
+    /// What workers do; an engine without any says nothing.
+    fn workers(&self) -> WorkersView {
+        WorkersView::default()
+    }
+    /// Moves queues between workers by what they have cost since the last call; says what was moved. To be called every
+    /// few seconds.
+    ///
+    /// # Errors
+    /// If a worker does not take a queue, which stays where it is.
+    fn balance_workers(&mut self) -> Result<Vec<Move>, UserError> {
+        Ok(Vec::new())
+    }
     /// Memory of frames; `None` for an engine that has none of its own.
     fn frames(&self) -> Option<FrameUse> {
         None

@@ -5,8 +5,10 @@ use sluice_kernel::EngineError;
 use sluice_policy::lower::LowerError;
 use sluice_policy::validate;
 use sluice_proto::v1;
+use sluice_user::workers::WorkersError;
 use tonic::{Code, Status};
 
+use crate::engine::UserError;
 use crate::resource::{Key, UnknownKind};
 use crate::store::StoreError;
 
@@ -37,7 +39,10 @@ pub enum Error {
     /// The engine failed. The desired state stands and is tried again.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// VFs: it cannot be done now.
+    /// The userspace engine refuses; nothing was changed.
+    #[error("workers: {0}")]
+    Workers(#[from] UserError),
+    /// It cannot be done now.
     #[error("{0}")]
     Unavailable(String),
     /// The daemon is stopping.
@@ -79,6 +84,15 @@ impl Error {
             Error::Lower(LowerError::Unnumbered { .. }) => Code::Internal,
             Error::Store(_) => Code::Internal,
             Error::Engine(EngineError::TableFull { .. }) => Code::ResourceExhausted,
+            Error::Workers(UserError::Workers(error)) => match error {
+                WorkersError::NoCores => Code::InvalidArgument,
+                WorkersError::NoWorker { .. } | WorkersError::NotPlaced(_) => Code::NotFound,
+                WorkersError::Placed(_) => Code::AlreadyExists,
+                WorkersError::Start { .. } => Code::FailedPrecondition,
+                WorkersError::Watch { .. } => Code::ResourceExhausted,
+                WorkersError::Died(_) => Code::Internal,
+            },
+            Error::Workers(_) => Code::Internal,
             Error::Unavailable(_) => Code::FailedPrecondition,
             Error::Engine(_) | Error::Stopping => Code::Unavailable,
         }
@@ -94,6 +108,7 @@ impl Error {
             | Error::Kind(_)
             | Error::Store(_)
             | Error::Engine(_)
+            | Error::Workers(_)
             | Error::Unavailable(_)
             | Error::Stopping => &[],
         }

@@ -26,7 +26,7 @@ const DEBOUNCE_MAX: Duration = Duration::from_millis(200);
 const AGAIN: Duration = Duration::from_secs(1);
 /// Pause between passes that look at everything.
 const FULL_PASS: Duration = Duration::from_secs(10);
-/// Time between sweeps of the FDB.
+/// Time between sweeps of the FDB, and between looks at how busy workers are.
 const AGEING: Duration = Duration::from_secs(5);
 /// How long a NIC's thread waits for the engine to serve a path.
 const BACKINGS_MAX: Duration = Duration::from_secs(5);
@@ -203,6 +203,7 @@ fn run(mut core: Core, receiver: &Receiver<Message>) {
         }
         if ageing <= now {
             core.age_fdb();
+            core.balance_workers();
             ageing = Instant::now() + AGEING;
         }
         if full_pass <= now {

@@ -316,6 +316,31 @@ impl Sluice for Api {
         Ok(Response::new(within(NIC_MAX, found).await?.map_err(Error::Unavailable)?))
     }
 
+    async fn list_workers(
+        &self,
+        _request: Request<v1::ListWorkersRequest>,
+    ) -> Result<Response<v1::WorkersStatus>, Status> {
+        Ok(Response::new(self.handle.call(|core| Ok(core.workers())).await?))
+    }
+
+    async fn set_workers(
+        &self,
+        request: Request<v1::SetWorkersRequest>,
+    ) -> Result<Response<v1::WorkersStatus>, Status> {
+        let actor = actor(&request);
+        let request = request.into_inner();
+        Ok(Response::new(self.handle.call(move |core| core.set_workers(&request, &actor)).await?))
+    }
+
+    async fn place_queue(
+        &self,
+        request: Request<v1::PlaceQueueRequest>,
+    ) -> Result<Response<v1::WorkersStatus>, Status> {
+        let actor = actor(&request);
+        let request = request.into_inner();
+        Ok(Response::new(self.handle.call(move |core| core.place_queue(&request, &actor)).await?))
+    }
+
     async fn get_version(
         &self,
         _request: Request<v1::GetVersionRequest>,

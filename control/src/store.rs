@@ -32,12 +32,16 @@ use crate::convert;
 use crate::resource::Key;
 use lock::DirLock;
 pub use runtime_copy::RuntimeCopy;
-pub use state::{Entry, IdName, State};
+pub use state::{Entry, IdName, Pin, State, WorkersWanted};
 
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 const RESOURCES: TableDefinition<&str, &[u8]> = TableDefinition::new("resources");
 const IDS: TableDefinition<(&str, &str), u32> = TableDefinition::new("ids");
+const SETTINGS: TableDefinition<&str, &[u8]> = TableDefinition::new("settings");
 const AUDIT: TableDefinition<u64, &[u8]> = TableDefinition::new("audit");
+
+/// Name of what is wanted of workers among the settings.
+const WORKERS: &str = "workers";
 
 /// Version of the meaning of the tables above.
 const SCHEMA: u64 = 1;
@@ -346,6 +350,11 @@ impl Store {
         for (space, name, id) in raw.ids {
             state.set_id(&space, name, id);
         }
+        let message = v1::WorkersSettings::decode(raw.workers.as_slice()).map_err(|error| {
+            let (path, entry) = (self.path.clone(), WORKERS.to_owned());
+            StoreError::Entry { path, entry, problem: error.to_string() }
+        })?;
+        state.workers = WorkersWanted::of_message(message);
         Ok(Some(state))
     }
 
@@ -378,6 +387,7 @@ fn read_raw(database: &Database) -> Result<Option<Raw>, redb::Error> {
         revision: number("revision")?,
         resources: Vec::new(),
         ids: Vec::new(),
+        workers: Vec::new(),
     };
     for row in transaction.open_table(RESOURCES)?.iter()? {
         let (key, value) = row?;
@@ -387,6 +397,14 @@ fn read_raw(database: &Database) -> Result<Option<Raw>, redb::Error> {
         let (key, value) = row?;
         let (space, name) = key.value();
         raw.ids.push((space.to_owned(), name.to_owned(), value.value()));
+    }
+    match transaction.open_table(SETTINGS) {
+        Ok(table) => {
+            raw.workers = table.get(WORKERS)?.map_or_else(Vec::new, |value| value.value().to_owned())
+        }
+        // Nobody has ever set anything.
+        Err(redb::TableError::TableDoesNotExist(_)) => {}
+        Err(error) => return Err(error.into()),
     }
     Ok(Some(raw))
 }
@@ -405,6 +423,7 @@ fn write(
             transaction.delete_table(META)?;
             transaction.delete_table(RESOURCES)?;
             transaction.delete_table(IDS)?;
+            transaction.delete_table(SETTINGS)?;
             &nothing
         }
     };
@@ -436,6 +455,10 @@ fn write_difference(transaction: &WriteTransaction, old: &State, new: &State) ->
     for key in old.resources.keys().filter(|key| !new.resources.contains_key(*key)) {
         resources.remove(key.to_string().as_str())?;
     }
+    if old.workers != new.workers {
+        let bytes = new.workers.to_message().encode_to_vec();
+        transaction.open_table(SETTINGS)?.insert(WORKERS, bytes.as_slice())?;
+    }
     let mut ids = transaction.open_table(IDS)?;
     for IdName { space, name, id } in new.id_names() {
         if old.id(space, name) != Some(id) {
@@ -456,6 +479,7 @@ struct Raw {
     revision: u64,
     resources: Vec<(String, Vec<u8>)>,
     ids: Vec<(String, String, u32)>,
+    workers: Vec<u8>,
 }
 
 /// Makes a directory that only its owner may look into; parents are made as usual.

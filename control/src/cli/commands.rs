@@ -11,7 +11,7 @@ use super::client::{CliError, connect};
 use super::output::Output;
 use super::packet::{self, Builder};
 use super::target::{self, Targets};
-use super::{Cli, Command, Format, TraceArgs, input, render, vf};
+use super::{Cli, Command, Format, TraceArgs, input, render, vf, workers};
 use crate::doctor;
 use crate::json;
 use crate::resource::{Key, Kind};
@@ -90,6 +90,10 @@ pub(super) async fn run(cli: Cli, output: &Output) -> Result<bool, CliError> {
         Command::Probe { kind, name } => {
             let name = vf::uplink(&kind, name.as_deref())?;
             vf::probe(&mut client().await?, output, name).await
+        }
+        Command::Workers(args) => {
+            let request = workers::request(args)?;
+            workers::workers(&mut client().await?, output, request).await
         }
         Command::Version => {
             let request = v1::GetVersionRequest {};

@@ -1,6 +1,7 @@
 //! Answers as tables.
 
 pub(super) mod vf;
+pub(super) mod workers;
 
 use sluice_proto::v1;
 

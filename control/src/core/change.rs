@@ -147,10 +147,42 @@ impl Core {
             .map_err(|found| Error::Invalid(found.into_iter().map(from_policy).collect()))?;
         let config = state.config();
         lower::assign_ids(&config, &mut state.ids)?;
+        // A port that is gone takes its pins along: another of the same name is another.
+        state.workers.pins.retain(|pin, _| state.ids.ports.get(&pin.port).is_some());
         let backings = self.backings_for(&config);
         let observation = self.engine.observe(&lower::ports_with(&config, &backings))?;
         let image = lower::lower_with(&config, &state.ids, &observation.bindings, &backings)?;
         Ok(Candidate { state, config, image })
+    }
+
+    /// Makes this the state, durably, with an entry in the audit log.
+    pub(super) fn store_state(
+        &mut self,
+        state: State,
+        changes: Vec<String>,
+        actor: &str,
+    ) -> Result<(), Error> {
+        let audit = v1::AuditEntry {
+            unix_ms: u64::try_from(events::now().as_millis()).unwrap_or(u64::MAX),
+            actor: actor.to_owned(),
+            revision: state.revision,
+            changes,
+        };
+        self.check_file();
+        match self.store.commit(&self.state, &state, &audit) {
+            Ok(None) => {}
+            Ok(Some(warning)) => {
+                self.events.note(Severity::Warning, format!("runtime copy: {warning}"));
+            }
+            Err(error) => {
+                let text = format!("revision {} by {actor} could not be stored: {error}", state.revision);
+                self.events.note(Severity::Error, text);
+                return Err(error.into());
+            }
+        }
+        self.events.note(Severity::Info, brief(&audit));
+        self.state = state;
+        Ok(())
     }
 
     /// Stores a candidate and lets a pass program it.
@@ -161,26 +193,7 @@ impl Core {
                 .into_iter()
                 .map(|(verb, key)| format!("{verb} {key}"))
                 .collect();
-            let audit = v1::AuditEntry {
-                unix_ms: u64::try_from(events::now().as_millis()).unwrap_or(u64::MAX),
-                actor: actor.to_owned(),
-                revision: state.revision,
-                changes,
-            };
-            self.check_file();
-            match self.store.commit(&self.state, &state, &audit) {
-                Ok(None) => {}
-                Ok(Some(warning)) => {
-                    self.events.note(Severity::Warning, format!("runtime copy: {warning}"));
-                }
-                Err(error) => {
-                    let text = format!("revision {} by {actor} could not be stored: {error}", state.revision);
-                    self.events.note(Severity::Error, text);
-                    return Err(error.into());
-                }
-            }
-            self.events.note(Severity::Info, brief(&audit));
-            self.state = state;
+            self.store_state(state, changes, actor)?;
             self.config = config;
             self.backings = self.backings_for(&self.config);
         }

@@ -13,9 +13,12 @@ use sluice_pipeline::DropReason;
 use sluice_pipeline::tables::{PortStats, RuleStats};
 use sluice_policy::image::{Behind, Binding, Image};
 use sluice_policy::lower::{self, PortSpec, PortSpecKind};
+use sluice_user::workers::Move;
 
 use super::wires::by_tap;
-use super::{Adoption, DataPlane, FrameUse, Steer, Wake, Wire, WireReport};
+use super::{
+    Adoption, DataPlane, FrameUse, Steer, UserError, Wake, Wire, WireReport, WorkersPlan, WorkersView,
+};
 use crate::trace::{LiveTrace, Step};
 
 /// What a sync of the userspace engine did.
@@ -56,6 +59,24 @@ pub trait UserPlane {
     fn rule_stats(&self, counter: u32) -> RuleStats;
     /// Takes a frame through the tables, without any side effect.
     fn trace(&self, ingress: u32, frame: &[u8]) -> LiveTrace;
+    /// As [`DataPlane::set_workers`].
+    ///
+    /// # Errors
+    /// The same.
+    fn set_workers(&mut self, _plan: &WorkersPlan) -> Result<(), UserError> {
+        Ok(())
+    }
+    /// What workers do.
+    fn workers(&self) -> WorkersView {
+        WorkersView::default()
+    }
+    /// As [`DataPlane::balance_workers`].
+    ///
+    /// # Errors
+    /// The same.
+    fn balance_workers(&mut self) -> Result<Vec<Move>, UserError> {
+        Ok(Vec::new())
+    }
     /// Memory of frames; `None` before there is any.
     fn frames(&self) -> Option<FrameUse> {
         None
@@ -318,6 +339,18 @@ impl<K: DataPlane, U: UserPlane> DataPlane for JointEngine<K, U> {
             all.steps.push(Step::Drop(ingress, DropReason::NoDestination));
         }
         all
+    }
+
+    fn set_workers(&mut self, plan: &WorkersPlan) -> Result<(), UserError> {
+        self.user.set_workers(plan)
+    }
+
+    fn workers(&self) -> WorkersView {
+        self.user.workers()
+    }
+
+    fn balance_workers(&mut self) -> Result<Vec<Move>, UserError> {
+        self.user.balance_workers()
     }
 
     fn frames(&self) -> Option<FrameUse> {

@@ -1,6 +1,8 @@
-//! The userspace engine as the daemon drives it: vhost-user ports, the taps to the kernel engine, and a worker.
+//! The userspace engine as the daemon drives it: vhost-user ports, the taps to the kernel engine, and workers.
 //!
 //! Nothing is started before the first port is wanted. Threads that touch guests' memory hold no capabilities.
+
+mod workers;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -8,9 +10,7 @@ use std::sync::Arc;
 use std::thread;
 
 use caps::{CapSet, CapsHashSet};
-use nix::sched::{CpuSet, sched_getaffinity};
 use nix::time::{ClockId, clock_gettime};
-use nix::unistd::Pid;
 use parking_lot::Mutex;
 use sluice_kernel::{FdbRow, HooksInUse, PortState, PortStatus};
 use sluice_pipeline::tables::{PortStats, RuleStats, port_flag};
@@ -28,21 +28,23 @@ use sluice_user::vhost::features::{Features, bit};
 use sluice_user::vhost::{
     FrameFault, FromGuest, Mode, OpenError, Port, PortConfig, PortEvent, QueueState, Status, ToGuest,
 };
-use sluice_user::workers::{Patience, QueueId, Workers, WorkersError};
+use sluice_user::workers::{Move, Patience, QueueId, Workers, WorkersError};
 
 use super::joint::{UserPlane, UserReport};
 use super::wires::{Steer, Wire, WireReport, Wires};
 use super::{FrameUse, Wake};
 use crate::trace::{self, LiveTrace};
 
+pub use workers::{WorkersPlan, WorkersView};
+
 /// Memory for frames, touched as it is needed: 32 MiB of ordinary ones, 34 MiB of super-frames.
 const LAYOUT: RegionLayout = RegionLayout { small: 16_384, large: 512 };
 /// The longest IP packet of a guest, super-frames apart. What is too long for an uplink is for the guests to find out.
 const MTU: u16 = 9_000;
 
-/// Why the userspace engine cannot serve a port.
+/// Why the userspace engine cannot serve a port, or do what is asked of its workers.
 #[derive(Debug, thiserror::Error)]
-enum UserError {
+pub enum UserError {
     /// No memory for frames.
     #[error(transparent)]
     Region(#[from] RegionError),
@@ -101,11 +103,15 @@ pub struct UserEngine {
     taps: BTreeMap<String, Trunk>,
     troubles: BTreeMap<String, String>,
     wires: Wires,
+    /// What is wanted of workers.
+    plan: WorkersPlan,
+    /// Why they are not as they should be.
+    staffing: Option<String>,
     wake: Arc<Mutex<Option<Wake>>>,
 }
 
 impl UserEngine {
-    /// Starts engine and worker, unless they run.
+    /// Starts engine and workers, unless they run.
     fn start(&mut self) -> Result<(), UserError> {
         if self.running.is_some() {
             return Ok(());
@@ -113,9 +119,10 @@ impl UserEngine {
         let engine = Engine::new();
         engine.apply(self.image.clone());
         let region = Region::new(LAYOUT)?;
-        let core = last_core()?;
+        let cores = self.cores(1)?;
         let workers =
-            without_capabilities(|| Workers::start(&engine, &region, &[core], Patience::default()))??;
+            without_capabilities(|| Workers::start(&engine, &region, &cores, Patience::default()))??;
+        workers.set_pins(self.plan.pins.clone())?;
         self.running = Some(Running { engine, workers, region });
         Ok(())
     }
@@ -297,17 +304,6 @@ fn features(features: Features) -> Vec<&'static str> {
     if names.is_empty() { vec!["no offloads"] } else { names }
 }
 
-/// The last core that this process may use: the first ones have most of the interrupts.
-fn last_core() -> Result<usize, UserError> {
-    let failed = |source: nix::Error| UserError::System {
-        operation: "asking which cores may be used",
-        source: source.into(),
-    };
-    let set = sched_getaffinity(Pid::from_raw(0)).map_err(failed)?;
-    let cores = (0..CpuSet::count()).filter(|core| set.is_set(*core).unwrap_or(false));
-    Ok(cores.max().unwrap_or(0))
-}
-
 /// Runs something in a thread that has given up all capabilities, for the threads that it starts to have none.
 fn without_capabilities<T: Send>(run: impl FnOnce() -> T + Send) -> Result<T, UserError> {
     let refused = |source| UserError::System { operation: "starting a thread without capabilities", source };
@@ -438,10 +434,25 @@ impl UserPlane for UserEngine {
     }
 
     fn serve_wires(&mut self, wires: &[Wire], steer: &mut Steer<'_>) -> WireReport {
-        match &self.running {
+        let report = match &self.running {
             Some(running) => self.wires.serve(running, wires, steer),
             None => WireReport::default(),
-        }
+        };
+        // The last step of a pass: now it is known how many queues there are.
+        self.staff_or_tell();
+        report
+    }
+
+    fn set_workers(&mut self, plan: &WorkersPlan) -> Result<(), UserError> {
+        self.plan_workers(plan)
+    }
+
+    fn workers(&self) -> WorkersView {
+        self.view_workers()
+    }
+
+    fn balance_workers(&mut self) -> Result<Vec<Move>, UserError> {
+        self.balance()
     }
 
     fn age_fdb(&mut self) {

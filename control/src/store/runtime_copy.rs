@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use prost::Message;
 use sluice_proto::v1;
 
-use super::{Entry, IdName, State, StoreError, create_private, make_private};
+use super::{Entry, IdName, State, StoreError, WorkersWanted, create_private, make_private};
 use crate::convert;
 
 const FILE: &str = "state.pb";
@@ -54,6 +54,7 @@ impl RuntimeCopy {
                     id,
                 })
                 .collect(),
+            workers: Some(state.workers.to_message()),
         };
         let bytes = snapshot.encode_to_vec();
         let temporary = self.path.with_extension("new");
@@ -95,6 +96,7 @@ impl RuntimeCopy {
                 .map_err(|violations| entry_error(&violations[0].resource, violations[0].message.clone()))?;
             state.resources.insert(spec.key(), Entry { revision: message.revision, spec: spec.into() });
         }
+        state.workers = WorkersWanted::of_message(snapshot.workers.unwrap_or_default());
         for id in snapshot.ids {
             state.set_id(&id.space, id.name, id.id);
         }

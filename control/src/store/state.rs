@@ -1,10 +1,11 @@
 //! The desired state in memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use sluice_policy::config::Config;
 use sluice_policy::ids::{IdSpace, Ids};
+use sluice_proto::v1;
 
 use crate::convert::{self, Spec};
 use crate::resource::Key;
@@ -18,6 +19,47 @@ pub struct Entry {
     pub spec: Arc<Spec>,
 }
 
+/// A queue of a port.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Pin {
+    /// The port's name.
+    pub port: String,
+    /// Counts from 0.
+    pub queue: u32,
+}
+
+/// What somebody wants of the userspace engine's workers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WorkersWanted {
+    /// Cores that they run on; none: the daemon chooses.
+    pub cores: BTreeSet<u32>,
+    /// Queues that are where they are by hand, and on which core that is.
+    pub pins: BTreeMap<Pin, u32>,
+}
+
+impl WorkersWanted {
+    /// As it is stored.
+    pub(super) fn to_message(&self) -> v1::WorkersSettings {
+        let pin = |(pin, core): (&Pin, &u32)| v1::QueuePin {
+            port: pin.port.clone(),
+            queue: pin.queue,
+            core: *core,
+        };
+        v1::WorkersSettings {
+            cores: self.cores.iter().copied().collect(),
+            pins: self.pins.iter().map(pin).collect(),
+        }
+    }
+
+    pub(super) fn of_message(message: v1::WorkersSettings) -> WorkersWanted {
+        let pin = |pin: v1::QueuePin| (Pin { port: pin.port, queue: pin.queue }, pin.core);
+        WorkersWanted {
+            cores: message.cores.into_iter().collect(),
+            pins: message.pins.into_iter().map(pin).collect(),
+        }
+    }
+}
+
 /// Everything that is stored.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
@@ -27,6 +69,8 @@ pub struct State {
     pub resources: BTreeMap<Key, Entry>,
     /// Numbers that stand for names.
     pub ids: Ids,
+    /// What is wanted of workers.
+    pub workers: WorkersWanted,
 }
 
 /// A number that stands for a name.

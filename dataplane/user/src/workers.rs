@@ -197,6 +197,11 @@ impl Workers {
         self.team.lock().threads.keys().map(|worker| worker.0).collect()
     }
 
+    /// How many queues are placed on them.
+    pub fn queues(&self) -> usize {
+        self.team.lock().placed.len()
+    }
+
     /// Has workers on these cores and no others, while frames pass. Queues of those that end move to others, and new ones
     /// are given their part. Says what was moved.
     ///

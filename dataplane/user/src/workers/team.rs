@@ -18,14 +18,14 @@ const ANSWER: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Team {
     pub(super) threads: BTreeMap<WorkerId, Thread>,
-    placed: BTreeMap<QueueId, Placement>,
+    pub(super) placed: BTreeMap<QueueId, Placement>,
     pub(super) pins: BTreeMap<QueueId, WorkerId>,
     balancer: Balancer,
     meter: Meter,
 }
 
 #[derive(Debug)]
-struct Placement {
+pub(super) struct Placement {
     worker: WorkerId,
     counters: Arc<QueueCounters>,
 }
