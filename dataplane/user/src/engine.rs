@@ -5,6 +5,7 @@
 //! through the pipeline, with caches and counters of its own. No step of a frame waits for another worker but at a port's
 //! transmit queue and at an FDB shard, both held for moments.
 
+mod bulk;
 mod counters;
 mod egress;
 mod fdb;

@@ -238,6 +238,81 @@ fn whoever_serves_a_port_answers_for_it() {
     assert_eq!(engine.fdb().expect("fakes do not fail"), [row(vm2)]);
 }
 
+/// A host whose switch has an uplink, and what both engines count.
+fn with_uplink(rest: &str) -> Bench {
+    let yaml = YAML.replace("{name: blue}", "{name: blue, uplink: {netdev: up0, hook: XDP}}");
+    let specs =
+        crate::convert::config(&json::read_config(&(yaml + rest)).expect("good YAML")).expect("good values");
+    let mut bench = Bench::new();
+    bench.config = crate::convert::collect(&specs);
+    lower::assign_ids(&bench.config, &mut bench.ids).expect("numbers");
+    bench.ports = lower::ports(&bench.config);
+    let netdevs = ["tap1", "tap3", "up0", &lower::user_tap_netdev("blue")];
+    let netdevs = (10..).zip(netdevs).map(|(index, name)| (name.to_owned(), index));
+    bench.kernel.world().netdevs = netdevs.collect();
+    bench
+}
+
+fn pass(bench: &mut Bench) -> SyncReport {
+    let bindings = bench.engine.observe(&bench.ports).expect("fakes do not fail").bindings;
+    bench.sync(&bindings)
+}
+
+#[test]
+fn an_uplink_is_served_directly_while_xdp_is_on_it() {
+    let mut bench = with_uplink("");
+    let wires = |bench: &Bench| bench.engine.user.with(|world| world.wires.clone());
+    let notes = |report: &SyncReport| report.ports["uplink/blue"].notes.join("; ");
+    let report = pass(&mut bench);
+    assert_eq!(wires(&bench), []);
+    assert!(notes(&report).contains("take the tap: no XDP"), "{}", notes(&report));
+    bench.kernel.world().xdp.insert("uplink/blue".to_owned());
+    let report = pass(&mut bench);
+    let (uplink, trunk) = (bench.id("uplink/blue"), bench.id("user/blue"));
+    assert_eq!(wires(&bench), [Wire { uplink, trunk, ifindex: 12, queues: 2, mtu: 1500 }]);
+    assert_eq!(bench.kernel.world().steered, [(uplink, 0)]);
+    assert_eq!(notes(&report), "served");
+    // Without its trunk it is served by nobody.
+    bench.kernel.world().netdevs.remove(&lower::user_tap_netdev("blue"));
+    pass(&mut bench);
+    assert_eq!(wires(&bench), []);
+}
+
+#[test]
+fn an_uplink_beside_learners_is_one_way() {
+    let learner = "- {name: vm3, switch: blue, attach: {tap: tap3}, mac: \"02:00:00:00:00:03\", \
+                   policy: {allowSpoofing: true, learnLimit: 4}}\n";
+    let mut bench = with_uplink(learner);
+    bench.kernel.world().xdp.insert("uplink/blue".to_owned());
+    let report = pass(&mut bench);
+    let notes = report.ports["uplink/blue"].notes.join("; ");
+    assert!(notes.starts_with("served; ") && notes.contains("takes the tap, since"), "{notes}");
+    let uplink = bench.id("uplink/blue");
+    assert!(!bench.engine.user.with(|world| world.image.ports.contains_key(&uplink)));
+}
+
+#[test]
+fn what_both_engines_send_by_an_uplink_is_added_up() {
+    let mut bench = with_uplink("");
+    pass(&mut bench);
+    let uplink = bench.id("uplink/blue");
+    let counted = |bench: &Bench| bench.engine.port_stats(uplink).expect("fakes do not fail");
+    let both = counted(&bench);
+    assert_eq!(
+        [both.rx_packets, both.tx_packets, both.tx_bytes],
+        [0, 200, 300],
+        "what comes in is the kernel's"
+    );
+    assert_eq!(bench.engine.drops(uplink).expect("fakes do not fail"), [(DropReason::MacGuard, 100)]);
+    // What has been counted stays counted when the last guest with rings is gone; but not for another uplink.
+    bench.config.vnics.retain(|vnic| vnic.name != "vm2");
+    pass(&mut bench);
+    assert_eq!(counted(&bench).tx_packets, 200);
+    bench.config.switches[0].uplink = None;
+    pass(&mut bench);
+    assert_eq!(counted(&bench).tx_packets, 0);
+}
+
 #[test]
 fn a_trace_passes_over_the_trunk() {
     let mut bench = Bench::new();

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use arc_swap::{ArcSwap, Cache};
 use sluice_pipeline::{Context, Delivery, DropReason, Sink, Tag, Verdict, decide, flood};
 
+use super::bulk::BulkSenders;
 use super::counters::Counters;
 use super::egress::Egress;
 use super::fdb::FdbCopies;
@@ -15,7 +16,7 @@ use super::honest::is_honest;
 use super::outgoing::Outgoing;
 use super::tables::Tables;
 use super::verdicts::Verdicts;
-use super::view::{BulkSenders, Header, Own, View};
+use super::view::{Header, Own, View};
 use super::{Engine, Shared};
 use crate::frame::{Frame, Pool, Region};
 use crate::port::Batch;

@@ -5,19 +5,19 @@ use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use sluice_pipeline::tables::{
-    AclGroup, CacheSlot, Direction, FdbEntry, FdbKey, FloodChunk, FloodKey, IpGuardKey, MacKey, PORTS_MAX,
-    PortConfig, RateConfig, RuleEntry, RuleKey, SwitchConfig, TupleChunk, TupleKey,
+    AclGroup, CacheSlot, Direction, FdbEntry, FdbKey, FloodChunk, FloodKey, IpGuardKey, MacKey, PortConfig,
+    RateConfig, RuleEntry, RuleKey, SwitchConfig, TupleChunk, TupleKey,
 };
 use sluice_pipeline::{
     Context, DropReason, Frame, HEADER_WINDOW, LoopBody, Tables as PipelineTables, Tag, classify, conform,
     ip_proto,
 };
 
+use super::bulk::BulkSenders;
 use super::counters::{Counters, add};
 use super::fdb::{Fdb, FdbCopies, Learnt};
 use super::tables::Tables;
 use super::verdicts::{Question, Verdicts};
-use crate::frame::{Gso, GsoKind, Offload};
 
 /// A frame's headers as the pipeline reads them. All tags are in the bytes.
 #[derive(Clone, Copy, Debug)]
@@ -70,38 +70,6 @@ pub(super) struct Own {
     pub(super) verdicts: RefCell<Verdicts>,
     pub(super) copies: RefCell<FdbCopies>,
     pub(super) bulk: RefCell<BulkSenders>,
-}
-
-/// Ports that send TCP in super-frames. All of their TCP takes the trunk, which carries super-frames whole: were some of it
-/// sent to the uplink directly, frames of a flow would overtake each other.
-#[derive(Debug)]
-pub(super) struct BulkSenders {
-    /// By port: when the last super-frame came, in seconds, and one more.
-    last: Box<[u32]>,
-}
-
-impl BulkSenders {
-    /// Seconds without super-frames after which a port is none of them: nothing is on its way by then.
-    const LULL: u32 = 10;
-
-    pub(super) fn new() -> BulkSenders {
-        BulkSenders { last: vec![0; PORTS_MAX as usize].into() }
-    }
-
-    /// Looks at a frame that came from a port.
-    #[inline]
-    pub(super) fn note(&mut self, port: u32, offload: Offload, seconds: u32) {
-        let Some(Gso { kind: GsoKind::TcpV4 | GsoKind::TcpV6, .. }) = offload.gso else { return };
-        if let Some(last) = self.last.get_mut(port as usize) {
-            *last = seconds.saturating_add(1);
-        }
-    }
-
-    fn has(&self, port: u32, seconds: u32) -> bool {
-        self.last
-            .get(port as usize)
-            .is_some_and(|last| *last > 0 && seconds.wrapping_sub(*last - 1) <= Self::LULL)
-    }
 }
 
 /// Everything that the pipeline may look at while one batch passes.

@@ -2,7 +2,7 @@ use sluice_pipeline::tables::{FLOOD_TRUNKS, FLOOD_UNKNOWN, FloodKey, MacKey, Vla
 
 use super::*;
 use crate::config::{
-    Acl, AclAction, AclGroup, AclMatch, AclRule, Attachment, Config, Direction, Hook, Policy, Switch,
+    Acl, AclAction, AclGroup, AclMatch, AclRule, Attachment, Config, Direction, Hook, Policy, Switch, Uplink,
     VhostMode, VhostUser, VlanMode, Vnic,
 };
 use crate::ids::Ids;
@@ -152,4 +152,64 @@ fn a_host_without_rings_is_the_kernels_alone() {
     assign_ids(&config, &mut ids).expect("numbers");
     let whole = lower(&config, &ids, &Bindings::new()).expect("an image");
     assert_eq!(split(&whole), Split { kernel: whole, user: Image::default() });
+}
+
+/// The same host, with an uplink that learns on the first switch.
+fn host_with_uplink() -> Config {
+    let (mut config, _, _) = host();
+    config.switches[0].uplink = Some(Uplink {
+        netdev: "up0".into(),
+        hook: Hook::Xdp,
+        full_checksums: true,
+        trunk: Vec::new(),
+        native: None,
+        learn_limit: 100,
+        up: true,
+        attest: Vec::new(),
+    });
+    config
+}
+
+fn user_part(config: &Config) -> (Ids, Image) {
+    let mut ids = Ids::default();
+    assign_ids(config, &mut ids).expect("numbers");
+    let bindings: Bindings = (100..)
+        .zip(ports(config))
+        .map(|(ifindex, spec)| (spec.name, Binding { ifindex, ..Binding::default() }))
+        .collect();
+    let image = split(&lower(config, &ids, &bindings).expect("an image")).user;
+    (ids, image)
+}
+
+#[test]
+fn an_uplink_is_sent_to_and_not_flooded() {
+    let (ids, user) = user_part(&host_with_uplink());
+    let (tap, uplink) = (id(&ids, &user_port("blue")), id(&ids, "uplink/blue"));
+    assert_eq!(user.short_cut(tap), Some(uplink));
+    assert_eq!(user.short_cut(uplink), None, "a way back is none");
+    let port = &user.ports[&uplink];
+    assert_eq!((port.behind.clone(), port.config.ifindex), (Behind::Uplink, 0));
+    assert_eq!(members(&user, &ids, FLOOD_TRUNKS), [tap]);
+    assert_eq!(members(&user, &ids, FLOOD_UNKNOWN), [tap]);
+    assert!(user.switches.values().all(|switch| switch.uplink == tap), "what is unknown takes the trunk");
+}
+
+/// What is learnt behind the trunk may be behind these.
+#[test]
+fn an_uplink_beside_others_that_can_be_learnt_is_no_short_cut() {
+    let tap = |config: &Config| {
+        let (ids, user) = user_part(config);
+        user.short_cut(id(&ids, &user_port("blue")))
+    };
+    let with = |change: fn(&mut Config)| {
+        let mut config = host_with_uplink();
+        change(&mut config);
+        tap(&config)
+    };
+    assert_eq!(with(|config| config.vnics[0].policy.allow_spoofing = true), None);
+    assert_eq!(with(|config| config.vnics[0].policy.learn_limit = Some(1)), None);
+    assert_eq!(with(|config| config.switches[0].uplink.as_mut().expect("one").learn_limit = 0), None);
+    // The userspace engine knows of its own guests, and switches of each other nothing.
+    assert!(with(|config| config.vnics[1].policy.allow_spoofing = true).is_some());
+    assert!(with(|config| config.vnics[3].policy.allow_spoofing = true).is_some());
 }
