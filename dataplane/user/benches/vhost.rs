@@ -49,7 +49,7 @@ impl Guest {
         let rings = [to, from];
         let mut front = Frontend::from_stream(socket, 2);
         front.set_owner()?;
-        let features = front.get_features()? & !bit::LOG_ALL;
+        let features = front.get_features()? & !bit::LOG_ALL & !bit::RING_PACKED;
         let protocol = front.get_protocol_features()?;
         front.set_protocol_features(protocol)?;
         front.set_features(features)?;

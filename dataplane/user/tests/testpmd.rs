@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use sluice_user::frame::{Pool, Region, RegionLayout};
 use sluice_user::port::{Batch, Receive, Transmit};
+use sluice_user::vhost::features::{Features, bit};
 use sluice_user::vhost::{FromGuest, Mode, Port, PortConfig, QueueState, Status, ToGuest};
 use tempfile::TempDir;
 
@@ -18,13 +19,22 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Frames that each run passes at least, where `SLUICE_CASES` does not say.
 const ENOUGH: u64 = 20_000;
 
+/// Which virtio device testpmd makes.
+#[derive(Clone, Copy)]
+struct Device {
+    queues: u16,
+    mergeable: bool,
+    packed: bool,
+}
+
+/// The one that it makes if it is told nothing.
+const PLAIN: Device = Device { queues: 1, mergeable: true, packed: false };
+
 /// What testpmd is to do.
 struct Run {
     /// `--forward-mode`
     mode: &'static str,
-    queues: u16,
-    /// Further parameters of the virtio-user device.
-    device: &'static str,
+    device: Device,
     /// Further parameters of testpmd.
     more: &'static [&'static str],
     listens: Mode,
@@ -37,13 +47,14 @@ struct Testpmd {
 impl Testpmd {
     fn start(folder: &Path, run: &Run) -> Testpmd {
         let server = if run.listens == Mode::Client { ",server=1" } else { "" };
+        let Device { queues, mergeable, packed } = run.device;
         let device = format!(
-            "--vdev=net_virtio_user0,path={}/socket,queues={}{}{server}",
+            "--vdev=net_virtio_user0,path={}/socket,queues={queues},mrg_rxbuf={},packed_vq={}{server}",
             folder.display(),
-            run.queues,
-            run.device
+            u8::from(mergeable),
+            u8::from(packed)
         );
-        let queues = [format!("--rxq={}", run.queues), format!("--txq={}", run.queues)];
+        let queues = [format!("--rxq={queues}"), format!("--txq={queues}")];
         let child = Command::new("dpdk-testpmd")
             .args([
                 "-l",
@@ -142,7 +153,7 @@ fn run(run: &Run, flood: bool) -> (Status, Counted, u64, u64) {
     let config = PortConfig {
         path: folder.path().join("socket"),
         mode: run.listens,
-        queue_pairs: run.queues,
+        queue_pairs: run.device.queues,
         mtu: 1500,
         offloads: true,
         standby: false,
@@ -175,7 +186,10 @@ fn run(run: &Run, flood: bool) -> (Status, Counted, u64, u64) {
     (status, counted, served.received, served.sent)
 }
 
-fn assert_runs(status: &Status) {
+fn assert_runs(status: &Status, device: Device) {
+    let features = Features(status.features);
+    assert_eq!(features.has(bit::RING_PACKED), device.packed, "{features:x?}");
+    assert_eq!(features.has(bit::MRG_RXBUF), device.mergeable, "{features:x?}");
     for (index, queue) in status.queues.iter().enumerate() {
         assert_eq!(queue.state, QueueState::Running, "queue {index}");
         assert_eq!(queue.counters.stops, 0, "queue {index}");
@@ -183,75 +197,75 @@ fn assert_runs(status: &Status) {
 }
 
 /// testpmd sends, we count.
-fn txonly(queues: u16, device: &'static str, more: &'static [&'static str], listens: Mode) {
-    let txonly = Run { mode: "txonly", queues, device, more, listens };
+fn txonly(device: Device, more: &'static [&'static str], listens: Mode) {
+    let txonly = Run { mode: "txonly", device, more, listens };
     let (status, counted, received, _) = run(&txonly, false);
-    assert_runs(&status);
-    for pair in 0..usize::from(queues) {
+    assert_runs(&status, device);
+    for pair in 0..usize::from(device.queues) {
         assert!(status.queues[2 * pair + 1].counters.frames > 0, "pair {pair} carries frames");
     }
     // It counts what it put into the ring; what it takes back when it stops may not have been fetched.
     assert!(received <= counted.sent, "{received} received of {}", counted.sent);
-    assert!(counted.sent - received <= 256 * u64::from(queues), "{received} of {}", counted.sent);
+    assert!(counted.sent - received <= 256 * u64::from(device.queues), "{received} of {}", counted.sent);
 }
 
 /// We send, testpmd counts, and with `mac` sends back.
-fn receives(mode: &'static str, queues: u16, device: &'static str) {
-    let rxonly = Run { mode, queues, device, more: &[], listens: Mode::Server };
+fn receives(mode: &'static str, device: Device) {
+    let rxonly = Run { mode, device, more: &[], listens: Mode::Server };
     let (status, counted, received, sent) = run(&rxonly, true);
-    assert_runs(&status);
+    assert_runs(&status, device);
+    let queues = u64::from(device.queues);
     assert!(counted.received <= sent, "{} received of {sent}", counted.received);
-    assert!(sent - counted.received <= 1024 * u64::from(queues), "{} of {sent}", counted.received);
+    assert!(sent - counted.received <= 1024 * queues, "{} of {sent}", counted.received);
     assert!(received <= counted.sent, "{received} received of {}", counted.sent);
-    assert!(counted.sent - received <= 256 * u64::from(queues), "{received} of {}", counted.sent);
+    assert!(counted.sent - received <= 256 * queues, "{received} of {}", counted.sent);
 }
 
-#[test]
-fn testpmd_sends() {
-    txonly(1, "", &[], Mode::Server);
+/// All modes with one device.
+macro_rules! with {
+    ($name:ident, $queues:literal, $mergeable:literal, $packed:literal) => {
+        mod $name {
+            use super::{Device, Mode, receives, txonly};
+
+            const DEVICE: Device = Device { queues: $queues, mergeable: $mergeable, packed: $packed };
+
+            #[test]
+            fn testpmd_sends() {
+                txonly(DEVICE, &[], Mode::Server);
+            }
+
+            #[test]
+            fn testpmd_receives() {
+                receives("rxonly", DEVICE);
+            }
+
+            #[test]
+            fn testpmd_sends_back() {
+                receives("mac", DEVICE);
+            }
+        }
+    };
 }
 
-#[test]
-fn testpmd_sends_without_mergeable_buffers() {
-    txonly(1, ",mrg_rxbuf=0,in_order=0", &[], Mode::Server);
-}
+with!(split, 1, false, false);
+with!(split_mergeable, 1, true, false);
+with!(split_by_four_queues, 4, false, false);
+with!(split_mergeable_by_four_queues, 4, true, false);
+with!(packed, 1, false, true);
+with!(packed_mergeable, 1, true, true);
+with!(packed_by_four_queues, 4, false, true);
+with!(packed_mergeable_by_four_queues, 4, true, true);
 
 #[test]
 fn testpmd_sends_frames_in_pieces() {
-    txonly(1, ",mrg_rxbuf=1,in_order=0", &["--txpkts=20,50,400"], Mode::Server);
-}
-
-#[test]
-fn testpmd_sends_by_four_queues() {
-    txonly(4, "", &[], Mode::Server);
+    for packed in [false, true] {
+        txonly(Device { packed, ..PLAIN }, &["--txpkts=20,50,400"], Mode::Server);
+    }
 }
 
 #[test]
 fn testpmd_listens() {
-    txonly(1, "", &[], Mode::Client);
-}
-
-#[test]
-fn testpmd_receives() {
-    receives("rxonly", 1, "");
-}
-
-#[test]
-fn testpmd_receives_without_mergeable_buffers() {
-    receives("rxonly", 1, ",mrg_rxbuf=0");
-}
-
-#[test]
-fn testpmd_receives_by_four_queues() {
-    receives("rxonly", 4, "");
-}
-
-#[test]
-fn testpmd_sends_back() {
-    receives("mac", 1, "");
-}
-
-#[test]
-fn testpmd_sends_back_by_four_queues() {
-    receives("mac", 4, ",mrg_rxbuf=0");
+    for packed in [false, true] {
+        txonly(Device { packed, ..PLAIN }, &[], Mode::Client);
+    }
 }

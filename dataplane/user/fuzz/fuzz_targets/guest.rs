@@ -49,7 +49,7 @@ impl Guest {
         let from = DriverRing::new(SIZE, GUEST_BASE + 0x800);
         let mut front = Frontend::from_stream(UnixStream::connect(path).expect("the port listens"), 2);
         front.set_owner().expect("answered");
-        let features = front.get_features().expect("answered") & !bit::LOG_ALL;
+        let features = front.get_features().expect("answered") & !bit::LOG_ALL & !bit::RING_PACKED;
         let protocol = front.get_protocol_features().expect("answered");
         front.set_protocol_features(protocol).expect("answered");
         front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);

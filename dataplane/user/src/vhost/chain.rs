@@ -1,8 +1,8 @@
-//! From a descriptor chain to the pieces of guest memory that it names, believing nothing.
+//! From descriptors to the pieces of guest memory that they name, believing nothing.
 
 use super::error::QueueError;
 use super::memory::GuestMemory;
-use super::ring::{DESCRIPTOR, Descriptor, INDIRECT, NEXT, SplitRing, WRITE};
+use super::ring::{DESCRIPTOR, Descriptor, INDIRECT, NEXT, WRITE};
 
 /// The longest chain that is served, indirect tables included: as QEMU's. It bounds the work that one frame can ask for.
 pub(super) const MAX_CHAIN: u32 = 1024;
@@ -28,46 +28,30 @@ pub(super) struct Rules {
     pub(super) indirect: bool,
 }
 
-/// Appends the pieces of the chain that begins with `head` to `segments`; answers how many bytes they are.
-pub(super) fn walk(
-    ring: &SplitRing,
-    memory: &GuestMemory,
-    head: u16,
-    rules: Rules,
-    segments: &mut Vec<Segment>,
-) -> Result<u64, QueueError> {
-    let size = u32::from(ring.size());
-    let mut walker = Walker { rules, segments, visited: 0, bytes: 0 };
-    let mut index = head;
-    loop {
-        if u32::from(index) >= size {
-            return Err(QueueError::NoSuchDescriptor { index, size });
-        }
-        let descriptor = ring.descriptor(index);
-        if descriptor.is(INDIRECT) {
-            walker.indirect(memory, &descriptor)?;
-            break;
-        }
-        walker.visit(&descriptor, size)?;
-        if !descriptor.is(NEXT) {
-            break;
-        }
-        index = descriptor.next;
-    }
-    Ok(walker.bytes)
-}
-
-struct Walker<'a> {
+/// Goes along one chain.
+pub(super) struct Walker<'a> {
     rules: Rules,
     segments: &'a mut Vec<Segment>,
     visited: u32,
     bytes: u64,
 }
 
-impl Walker<'_> {
+impl<'a> Walker<'a> {
+    /// The pieces are appended to `segments`.
+    #[inline]
+    pub(super) fn new(rules: Rules, segments: &'a mut Vec<Segment>) -> Self {
+        Self { rules, segments, visited: 0, bytes: 0 }
+    }
+
+    /// Bytes of what was visited.
+    #[inline]
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// Takes one descriptor. `limit` is the length of its table: a longer chain has been there before.
     #[inline]
-    fn visit(&mut self, descriptor: &Descriptor, limit: u32) -> Result<(), QueueError> {
+    pub(super) fn visit(&mut self, descriptor: &Descriptor, limit: u32) -> Result<(), QueueError> {
         self.visited += 1;
         let limit = limit.min(MAX_CHAIN);
         if self.visited > limit {
@@ -81,24 +65,30 @@ impl Walker<'_> {
         Ok(())
     }
 
-    /// Takes a table of descriptors somewhere in guest memory, which ends the chain.
-    fn indirect(&mut self, memory: &GuestMemory, table: &Descriptor) -> Result<(), QueueError> {
+    /// Entries of a table of descriptors somewhere in guest memory, if it may be one.
+    fn entries(&self, table: &Descriptor) -> Result<u32, QueueError> {
         let entries = table.len / DESCRIPTOR as u32;
         let is_table = entries > 0 && table.len.is_multiple_of(DESCRIPTOR as u32);
         if !self.rules.indirect || table.is(NEXT) || !is_table {
             return Err(QueueError::BadIndirect);
         }
+        Ok(entries)
+    }
+
+    /// Takes a table of descriptors that are chained, which ends the chain: as split rings have it.
+    pub(super) fn chained_table(
+        &mut self,
+        memory: &GuestMemory,
+        table: &Descriptor,
+    ) -> Result<(), QueueError> {
+        let entries = self.entries(table)?;
         let limit = self.visited.saturating_add(entries);
         let mut index = 0;
         loop {
             if u32::from(index) >= entries {
                 return Err(QueueError::NoSuchDescriptor { index, size: entries });
             }
-            let outside = QueueError::Outside { address: table.address, len: table.len };
-            let at = table.address.checked_add(DESCRIPTOR as u64 * u64::from(index)).ok_or(outside)?;
-            let mut bytes = [0; DESCRIPTOR];
-            memory.read(at, &mut bytes).map_err(|_| outside)?;
-            let descriptor = Descriptor::from_bytes(bytes);
+            let descriptor = Descriptor::from_bytes(entry(memory, table, index.into())?);
             if descriptor.is(INDIRECT) {
                 return Err(QueueError::BadIndirect);
             }
@@ -109,4 +99,27 @@ impl Walker<'_> {
             index = descriptor.next;
         }
     }
+
+    /// Takes a table of descriptors that follow each other, all of which are the chain: as packed rings have it.
+    ///
+    /// What is only read may be said to be writable: DPDK's driver says so of the headers in the tables of its transmit queues.
+    pub(super) fn whole_table(&mut self, memory: &GuestMemory, table: &Descriptor) -> Result<(), QueueError> {
+        let entries = self.entries(table)?;
+        let ignored = if self.rules.direction == Direction::FromGuest { WRITE } else { 0 };
+        for index in 0..entries {
+            let mut descriptor = Descriptor::from_packed(entry(memory, table, index)?);
+            descriptor.flags &= !ignored;
+            self.visit(&descriptor, entries)?;
+        }
+        Ok(())
+    }
+}
+
+/// One descriptor of a table.
+fn entry(memory: &GuestMemory, table: &Descriptor, index: u32) -> Result<[u8; DESCRIPTOR], QueueError> {
+    let outside = QueueError::Outside { address: table.address, len: table.len };
+    let at = table.address.checked_add(DESCRIPTOR as u64 * u64::from(index)).ok_or(outside)?;
+    let mut bytes = [0; DESCRIPTOR];
+    memory.read(at, &mut bytes).map_err(|_| outside)?;
+    Ok(bytes)
 }

@@ -18,8 +18,9 @@ use super::memory::{GuestMemory, MAX_REGIONS, RegionAddress};
 use super::notify::EventFd;
 use super::payload::Payload;
 use super::port::{PortConfig, PortEvent, Shared, Slot};
-use super::queue::{Common, Kick};
+use super::queue::Kick;
 use super::ring::{MAX_SIZE, RingAddresses};
+use super::service::Common;
 use super::wire::{Answer, Message};
 
 /// `VHOST_VRING_F_LOG`
@@ -91,7 +92,6 @@ impl<'a> Device<'a> {
             }
             Request::SET_VRING_BASE => {
                 let (slot, base) = self.slot_and_value(payload)?;
-                let base = base.try_into().map_err(|_| value("base of a ring", base.into()))?;
                 slot.queue.lock().set_base(base, &slot.counters)?;
             }
             Request::SET_VRING_ENABLE => {
@@ -259,7 +259,7 @@ impl<'a> Device<'a> {
         let slot = self.slot(index)?;
         let base = slot.queue.lock().stop(&slot.counters);
         let mut payload = index.to_ne_bytes().to_vec();
-        payload.extend_from_slice(&u32::from(base).to_ne_bytes());
+        payload.extend_from_slice(&base.to_ne_bytes());
         Ok(Answer { payload, descriptor: None })
     }
 
@@ -325,7 +325,8 @@ fn new_inflight(payload: Payload<'_>) -> Result<Answer, RequestError> {
         return Ok(Answer { payload: at.to_bytes(), descriptor: None });
     }
     let file = memfd_create("vhost-inflight", MemfdFlags::CLOEXEC)?;
-    at.len = InflightArea::bytes(at.queues, at.entries);
+    // Older front-ends ask before they say which kind of ring there will be.
+    at.len = InflightArea::bytes_of_any(at.queues, at.entries);
     at.offset = 0;
     ftruncate(&file, at.len)?;
     Ok(Answer { payload: at.to_bytes(), descriptor: Some(file) })

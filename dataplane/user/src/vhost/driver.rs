@@ -1,4 +1,5 @@
-//! The guest's side, in this process: memory to share, and a driver of split rings that does what it is told, wrong or right.
+//! The guest's side, in this process: memory to share, and a driver of split and packed rings that does what it is
+//! told, wrong or right.
 //!
 //! For tests, benches and fuzzing of the other side. Nothing that serves guests uses it.
 
@@ -94,44 +95,114 @@ impl AsFd for GuestRam {
 /// A piece of memory in a chain: guest address, length, flags without [`NEXT`].
 pub type Piece = (u64, u32, u16);
 
-/// A split ring, driven. Addresses are the guest's.
+/// A ring, driven. Addresses are the guest's.
 #[derive(Debug, Clone)]
 pub struct DriverRing {
     /// Entries.
     pub size: u16,
-    /// The descriptor table.
+    /// The descriptor table, or the packed ring.
     pub descriptors: u64,
-    /// The available ring.
+    /// The available ring, or the driver's area.
     pub available: u64,
-    /// The used ring.
+    /// The used ring, or the device's area.
     pub used: u64,
-    next_descriptor: u16,
-    available_index: u16,
-    used_index: u16,
+    side: Side,
 }
 
+/// How far the driver is.
+#[derive(Debug, Clone)]
+enum Side {
+    Split { next_descriptor: u16, available_index: u16, used_index: u16 },
+    Packed(Packed),
+}
+
+/// How far the driver of a packed ring is.
+#[derive(Debug, Clone)]
+struct Packed {
+    /// The next slot to be made available, and the next that the device gives back, with their wrap counters.
+    next: (u16, bool),
+    reaped: (u16, bool),
+    /// Chains given back, and the slots of each chain by its identifier.
+    count: u16,
+    slots: Vec<u16>,
+    /// First slots of chains that the device does not see yet, and their flags.
+    hidden: Vec<(u16, u16)>,
+}
+
+impl Packed {
+    fn step((index, wrap): (u16, bool), slots: u16, size: u16) -> (u16, bool) {
+        let index = u32::from(index) + u32::from(slots);
+        let size = u32::from(size);
+        if index < size { (index as u16, wrap) } else { ((index - size) as u16, !wrap) }
+    }
+}
+
+/// A slot of a packed ring was made available, in the round with this wrap counter.
+#[must_use]
+pub fn available(wrap: bool) -> u16 {
+    if wrap { AVAILABLE } else { USED }
+}
+
+/// A slot of a packed ring was given back, in the round with this wrap counter.
+#[must_use]
+pub fn used(wrap: bool) -> u16 {
+    if wrap { AVAILABLE | USED } else { 0 }
+}
+
+const AVAILABLE: u16 = 1 << 7;
+const USED: u16 = 1 << 15;
+
 impl DriverRing {
-    /// A ring of so many entries, its tables one behind the other from a guest address.
+    /// A split ring of so many entries, its tables one behind the other from a guest address.
     #[must_use]
     pub fn new(size: u16, guest: u64) -> Self {
         let entries = u64::from(size);
         let available = guest + 16 * entries;
         let used = (available + 6 + 2 * entries).next_multiple_of(64);
-        Self {
-            size,
-            descriptors: guest,
-            available,
-            used,
-            next_descriptor: 0,
-            available_index: 0,
-            used_index: 0,
+        let side = Side::Split { next_descriptor: 0, available_index: 0, used_index: 0 };
+        Self { size, descriptors: guest, available, used, side }
+    }
+
+    /// A packed ring of so many entries, its areas one behind the other from a guest address.
+    #[must_use]
+    pub fn packed(size: u16, guest: u64) -> Self {
+        let available = guest + 16 * u64::from(size);
+        let side = Side::Packed(Packed {
+            next: (0, true),
+            reaped: (0, true),
+            count: 0,
+            slots: vec![0; size.into()],
+            hidden: Vec::new(),
+        });
+        Self { size, descriptors: guest, available, used: (available + 4).next_multiple_of(64), side }
+    }
+
+    /// A ring of the same kind and size at a guest address, as new.
+    #[must_use]
+    pub fn afresh(&self, guest: u64) -> Self {
+        match self.side {
+            Side::Split { .. } => DriverRing::new(self.size, guest),
+            Side::Packed(_) => DriverRing::packed(self.size, guest),
+        }
+    }
+
+    /// Where a new ring begins, as the front-end says it.
+    #[must_use]
+    pub fn base(&self) -> u32 {
+        match self.side {
+            Side::Split { .. } => 0,
+            Side::Packed(_) => 0x8000_8000,
         }
     }
 
     /// The first guest address behind the tables.
     #[must_use]
     pub fn end(&self) -> u64 {
-        self.used + 6 + 8 * u64::from(self.size)
+        self.used
+            + match self.side {
+                Side::Split { .. } => 6 + 8 * u64::from(self.size),
+                Side::Packed(_) => 4,
+            }
     }
 
     /// How the front-end has a guest address.
@@ -140,90 +211,190 @@ impl DriverRing {
         guest - GUEST_BASE + USER_BASE
     }
 
-    /// Writes one descriptor.
+    /// Writes one descriptor of a split ring; `next` is where it goes on.
     pub fn set_descriptor(&self, ram: &GuestRam, index: u16, piece: Piece, next: u16) {
         ram.write(self.descriptors + 16 * u64::from(index), &descriptor(piece, next));
     }
 
+    /// Writes one slot of a packed ring, with all its flags.
+    pub fn set_slot(&self, ram: &GuestRam, index: u16, (address, len, flags): Piece, id: u16) {
+        // The same bytes, but for the order of the last two words.
+        ram.write(self.descriptors + 16 * u64::from(index), &descriptor((address, len, id), flags));
+    }
+
     /// Makes a chain available, in the next free descriptors; the device is not shown it before [`show`](Self::show). Answers
-    /// its head.
+    /// its head, which is its identifier.
     pub fn post(&mut self, ram: &GuestRam, pieces: &[Piece]) -> u16 {
-        let head = self.next_descriptor;
+        if let Side::Packed(_) = self.side {
+            return self.post_packed(ram, pieces);
+        }
+        let Side::Split { next_descriptor, .. } = &mut self.side else { return 0 };
+        let head = *next_descriptor;
+        *next_descriptor = (head + pieces.len() as u16) % self.size;
         for (index, (address, len, flags)) in pieces.iter().enumerate() {
-            let at = self.next_descriptor;
-            self.next_descriptor = (at + 1) % self.size;
+            let at = (head + index as u16) % self.size;
             let more = if index + 1 < pieces.len() { NEXT } else { 0 };
-            self.set_descriptor(ram, at, (*address, *len, flags | more), self.next_descriptor);
+            self.set_descriptor(ram, at, (*address, *len, flags | more), (at + 1) % self.size);
         }
         self.offer(ram, head);
         head
+    }
+
+    fn post_packed(&mut self, ram: &GuestRam, pieces: &[Piece]) -> u16 {
+        let size = self.size;
+        let Side::Packed(packed) = &mut self.side else { return 0 };
+        let id = packed.next.0;
+        packed.slots[usize::from(id)] = pieces.len() as u16;
+        let mut slots = Vec::new();
+        for (index, (address, len, flags)) in pieces.iter().enumerate() {
+            let (at, wrap) = packed.next;
+            packed.next = Packed::step(packed.next, 1, size);
+            let is_last = index + 1 == pieces.len();
+            let all = flags | available(wrap) | if is_last { 0 } else { NEXT };
+            if index == 0 {
+                packed.hidden.push((at, all));
+            }
+            // The chain's identifier is in its last descriptor; until it is shown, the first looks as if it was given back.
+            let shown = if index == 0 { used(!wrap) } else { all };
+            slots.push((at, (*address, *len, shown), if is_last { id } else { 0xdead }));
+        }
+        for (at, piece, id) in slots {
+            self.set_slot(ram, at, piece, id);
+        }
+        id
     }
 
     /// Makes a chain available that is a table at a guest address.
     pub fn post_indirect(&mut self, ram: &GuestRam, table: u64, pieces: &[Piece]) -> u16 {
         for (index, (address, len, flags)) in pieces.iter().enumerate() {
             let more = if index + 1 < pieces.len() { NEXT } else { 0 };
-            let bytes = descriptor((*address, *len, flags | more), index as u16 + 1);
+            let bytes = match self.side {
+                Side::Split { .. } => descriptor((*address, *len, flags | more), index as u16 + 1),
+                Side::Packed(_) => descriptor((*address, *len, 0), *flags),
+            };
             ram.write(table + 16 * index as u64, &bytes);
         }
         self.post(ram, &[(table, 16 * pieces.len() as u32, INDIRECT)])
     }
 
-    /// Puts a head into the available ring.
+    /// Puts a head into the available ring of a split ring.
     pub fn offer(&mut self, ram: &GuestRam, head: u16) {
-        let at = self.available + 4 + 2 * u64::from(self.available_index % self.size);
+        let Side::Split { available_index, .. } = &mut self.side else { return };
+        let at = self.available + 4 + 2 * u64::from(*available_index % self.size);
         ram.write(at, &head.to_le_bytes());
-        self.available_index = self.available_index.wrapping_add(1);
+        *available_index = available_index.wrapping_add(1);
     }
 
     /// Shows the device what was made available.
-    pub fn show(&self, ram: &GuestRam) {
-        self.show_index(ram, self.available_index);
+    pub fn show(&mut self, ram: &GuestRam) {
+        match &mut self.side {
+            Side::Split { available_index, .. } => {
+                let index = *available_index;
+                self.show_index(ram, index);
+            }
+            Side::Packed(packed) => {
+                fence(Ordering::SeqCst);
+                for (at, flags) in packed.hidden.drain(..).rev() {
+                    ram.write(self.descriptors + 16 * u64::from(at) + 14, &flags.to_le_bytes());
+                }
+                fence(Ordering::SeqCst);
+            }
+        }
     }
 
-    /// Shows the device any available index.
+    /// Shows the device of a split ring any available index.
     pub fn show_index(&self, ram: &GuestRam, index: u16) {
         fence(Ordering::SeqCst);
         ram.write(self.available + 2, &index.to_le_bytes());
         fence(Ordering::SeqCst);
     }
 
-    /// Flags of the available ring: 1 asks for no interrupts.
+    /// Flags of the available ring, or of the driver's area: 1 asks for no interrupts.
     pub fn set_flags(&self, ram: &GuestRam, flags: u16) {
-        ram.write(self.available, &flags.to_le_bytes());
+        let at = match self.side {
+            Side::Split { .. } => self.available,
+            Side::Packed(_) => self.available + 2,
+        };
+        ram.write(at, &flags.to_le_bytes());
     }
 
-    /// Asks for an interrupt after this used index.
+    /// Asks for an interrupt after this used index, or, of a packed ring, at this place with its wrap counter in the highest bit.
     pub fn set_used_event(&self, ram: &GuestRam, index: u16) {
-        ram.write(self.available + 4 + 2 * u64::from(self.size), &index.to_le_bytes());
+        match self.side {
+            Side::Split { .. } => {
+                ram.write(self.available + 4 + 2 * u64::from(self.size), &index.to_le_bytes());
+            }
+            Side::Packed(_) => {
+                let [a, b] = index.to_le_bytes();
+                ram.write(self.available, &[a, b, 2, 0]);
+            }
+        }
     }
 
-    /// How far the device is.
+    /// How many chains the device has given back, of those that were shown and reaped in turn.
     #[must_use]
     pub fn device_index(&self, ram: &GuestRam) -> u16 {
         fence(Ordering::SeqCst);
-        ram.word(self.used + 2)
+        let Side::Packed(packed) = &self.side else { return ram.word(self.used + 2) };
+        let (mut at, mut count) = (packed.reaped, packed.count);
+        for _ in 0..self.size {
+            let Some((id, _)) = self.given_back(ram, at) else { break };
+            at = Packed::step(at, packed.slots.get(usize::from(id)).copied().unwrap_or(1), self.size);
+            count = count.wrapping_add(1);
+        }
+        count
     }
 
-    /// The available index after which the device wants a kick.
+    /// What the slot of a packed ring says, if it was given back: identifier, and how much was written.
+    fn given_back(&self, ram: &GuestRam, (index, wrap): (u16, bool)) -> Option<(u16, u32)> {
+        let at = self.descriptors + 16 * u64::from(index);
+        let flags = ram.word(at + 14);
+        if flags & (AVAILABLE | USED) != used(wrap) {
+            return None;
+        }
+        fence(Ordering::SeqCst);
+        let mut bytes = [0; 4];
+        let _ = ram.memory.read(at + 8, &mut bytes);
+        Some((ram.word(at + 12), if flags & WRITE != 0 { u32::from_le_bytes(bytes) } else { 0 }))
+    }
+
+    /// The available index after which the device wants a kick, or the place with its wrap counter.
     #[must_use]
     pub fn available_event(&self, ram: &GuestRam) -> u16 {
-        ram.word(self.used + 4 + 8 * u64::from(self.size))
+        match self.side {
+            Side::Split { .. } => ram.word(self.used + 4 + 8 * u64::from(self.size)),
+            Side::Packed(_) => ram.word(self.used),
+        }
     }
 
-    /// Flags of the used ring: 1 asks for no kicks.
+    /// Flags of the used ring, or of the device's area: 1 asks for no kicks.
     #[must_use]
     pub fn device_flags(&self, ram: &GuestRam) -> u16 {
-        ram.word(self.used)
+        match self.side {
+            Side::Split { .. } => ram.word(self.used),
+            Side::Packed(_) => ram.word(self.used + 2),
+        }
     }
 
     /// The next chain that the device gave back: its head, and how much it wrote.
     pub fn reap(&mut self, ram: &GuestRam) -> Option<(u16, u32)> {
-        if self.device_index(ram) == self.used_index {
+        if let Side::Packed(packed) = &self.side {
+            let (id, written) = self.given_back(ram, packed.reaped)?;
+            let slots = packed.slots.get(usize::from(id)).copied()?;
+            let reaped = Packed::step(packed.reaped, slots, self.size);
+            if let Side::Packed(packed) = &mut self.side {
+                packed.reaped = reaped;
+                packed.count = packed.count.wrapping_add(1);
+            }
+            return Some((id, written));
+        }
+        let device = self.device_index(ram);
+        let Side::Split { used_index, .. } = &mut self.side else { return None };
+        if device == *used_index {
             return None;
         }
-        let at = self.used + 4 + 8 * u64::from(self.used_index % self.size);
-        self.used_index = self.used_index.wrapping_add(1);
+        let at = self.used + 4 + 8 * u64::from(*used_index % self.size);
+        *used_index = used_index.wrapping_add(1);
         let mut bytes = [0; 4];
         let _ = ram.memory.read(at + 4, &mut bytes);
         Some((ram.word(at), u32::from_le_bytes(bytes)))

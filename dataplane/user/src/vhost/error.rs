@@ -61,9 +61,17 @@ pub enum MemoryError {
 /// A ring cannot be served as the front-end set it up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SetupError {
-    /// Split rings have a power of two of entries, up to 32768.
-    #[error("a ring of {0} entries: split rings have a power of two, up to 32768")]
+    /// Rings have up to 32768 entries, split ones a power of two.
+    #[error("a ring of {0} entries: rings have up to 32768, split rings a power of two")]
     Size(u32),
+    /// A packed ring is to be gone on with at a place that it does not have.
+    #[error("a packed ring of {size} entries cannot be gone on with at entry {base}")]
+    Base {
+        /// The place.
+        base: u16,
+        /// Entries of the ring.
+        size: u16,
+    },
     /// Part of it is in no memory region.
     #[error("the {part} of the ring, at {address:#x}, is not inside one memory region")]
     Outside {

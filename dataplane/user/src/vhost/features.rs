@@ -48,6 +48,8 @@ pub mod bit {
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
     /// Virtio 1.0 or later.
     pub const VERSION_1: u64 = 1 << 32;
+    /// Rings are packed.
+    pub const RING_PACKED: u64 = 1 << 34;
     /// The driver takes super-frames of UDP over IPv4.
     pub const GUEST_USO4: u64 = 1 << 54;
     /// The driver takes super-frames of UDP over IPv6.
@@ -71,6 +73,7 @@ const BASE: u64 = bit::MTU
     | bit::INDIRECT_DESC
     | bit::EVENT_IDX
     | bit::PROTOCOL_FEATURES
+    | bit::RING_PACKED
     | bit::VERSION_1;
 
 /// Offered with offloads.
@@ -155,8 +158,10 @@ mod tests {
     fn what_is_offered_follows_the_settings() {
         assert_eq!(offered(true, false), BASE | OFFLOADS);
         assert_eq!(offered(false, true), BASE | bit::STANDBY);
-        let packed = 1 << 34;
-        assert_eq!(offered(true, true) & packed, 0, "packed rings are not served");
+        assert!(
+            offered(false, false) & bit::RING_PACKED != 0,
+            "which kind of ring, is for the guest to choose"
+        );
     }
 
     #[test]

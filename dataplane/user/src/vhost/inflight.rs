@@ -5,10 +5,13 @@
 //!
 //! All accesses are atomics in bounds; a front-end that scribbles in it harms its own guest.
 
+mod packed;
+
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+pub(super) use self::packed::PackedInflight;
 use super::error::{MemoryError, SetupError};
 use super::memory::Mapping;
 
@@ -38,7 +41,7 @@ pub(super) struct InflightArea {
 }
 
 impl InflightArea {
-    /// Bytes that so many queues with so many entries need.
+    /// Bytes that so many queues with split rings of so many entries need.
     pub(super) fn bytes(queues: u16, entries: u16) -> u64 {
         (Self::stride(entries) * usize::from(queues)) as u64
     }
@@ -60,7 +63,29 @@ impl InflightArea {
         Ok(Self { mapping: Arc::new(Mapping::new(file, offset, len)?), queues, entries })
     }
 
-    /// The part of one queue with a ring of `entries`; None if it has none.
+    /// The part of one queue with a packed ring of `entries`; None if it has none.
+    pub(super) fn packed_queue(
+        &self,
+        index: usize,
+        entries: u16,
+    ) -> Result<Option<PackedInflight>, SetupError> {
+        if index >= usize::from(self.queues) {
+            return Ok(None);
+        }
+        let is_long_enough = self.mapping.len() as u64 >= PackedInflight::bytes(self.queues, self.entries);
+        if entries > self.entries || !is_long_enough {
+            return Err(SetupError::Inflight(entries));
+        }
+        let start = PackedInflight::stride(self.entries) * index;
+        Ok(Some(PackedInflight::new(Arc::clone(&self.mapping), start, entries)))
+    }
+
+    /// Bytes that so many queues with so many entries need, whichever kind the rings are of.
+    pub(super) fn bytes_of_any(queues: u16, entries: u16) -> u64 {
+        Self::bytes(queues, entries).max(PackedInflight::bytes(queues, entries))
+    }
+
+    /// The part of one queue with a split ring of `entries`; None if it has none.
     pub(super) fn queue(&self, index: usize, entries: u16) -> Result<Option<InflightQueue>, SetupError> {
         if index >= usize::from(self.queues) {
             return Ok(None);
@@ -73,7 +98,7 @@ impl InflightArea {
     }
 }
 
-/// The part of one queue. Heads are checked against the ring before they come here.
+/// The part of one queue with a split ring. Heads are checked against the ring before they come here.
 #[derive(Debug)]
 pub(super) struct InflightQueue {
     mapping: Arc<Mapping>,

@@ -9,9 +9,11 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`memory`], `sigbus` | the guest's memory, mapped; what happens when it goes away |
-//! | `ring`, `chain` | split virtqueues and descriptor chains, with every index checked |
+//! | `ring`, `chain` | split rings in memory and descriptor chains, with every index checked |
+//! | `packed` | packed rings, in memory and being served |
+//! | `virtqueue`, `split` | what the data path asks of a ring of either kind; split rings being served |
 //! | `header` | the virtio-net header, with every claim checked |
-//! | `live`, `queue` | the data path; a queue's life |
+//! | `live`, `service`, `queue` | the data path; the same for either kind of ring; a queue's life |
 //! | `inflight`, `log` | what a crash must not lose; what a migration must not miss |
 //! | `wire`, `payload`, `device`, `session` | the protocol |
 //! | [`port`], `queues` | what the rest of the engine sees |
@@ -21,7 +23,7 @@
 //! A guest is believed nothing. What it does wrong ends in a [`FrameFault`], which costs it a frame, or a [`QueueError`], which
 //! costs it the queue until it sets it up anew; both are counted, and neither reaches another port.
 //!
-//! Not served: packed rings, which are not offered; the control queue, which the front-end keeps; post-copy migration.
+//! Not served: the control queue, which the front-end keeps; post-copy migration.
 
 mod chain;
 mod counters;
@@ -35,15 +37,19 @@ mod live;
 mod log;
 pub mod memory;
 mod notify;
+mod packed;
 mod payload;
 pub mod port;
 mod queue;
 mod queues;
 mod ring;
+mod service;
 mod session;
 mod sigbus;
+mod split;
 #[cfg(test)]
 mod tests;
+mod virtqueue;
 mod wire;
 
 pub use counters::QueueCounters;

@@ -20,6 +20,7 @@ use super::counters::{Counters, QueueCounters};
 use super::features::Features;
 use super::queue::{Queue, QueueState};
 use super::queues::{FromGuest, ToGuest};
+pub use super::session::remove_dead_socket;
 use super::session::{Endpoint, serve};
 
 /// The most queue pairs of a port: a kick names its queue in seven bits.

@@ -1,4 +1,4 @@
-//! One virtqueue: what the front-end has set of it, and, while that is complete, the [`Live`] queue that serves it.
+//! One virtqueue: what the front-end has set of it, and, while that is complete, the [`Service`] of it.
 //!
 //! | the front-end … | the queue |
 //! |---|---|
@@ -20,13 +20,11 @@ use rustix::event::epoll;
 use super::chain::Direction;
 use super::counters::Counters;
 use super::error::{QueueError, RequestError, SetupError};
-use super::features::Features;
-use super::inflight::InflightArea;
-use super::live::{Live, Position, Terms};
-use super::log::DirtyLog;
-use super::memory::GuestMemory;
+use super::features::bit;
 use super::notify::EventFd;
-use super::ring::{MAX_SIZE, RingAddresses, SplitRing};
+use super::ring::{MAX_SIZE, RingAddresses};
+use super::service::{Common, Plan, Service};
+use super::virtqueue::Position;
 use crate::frame::{Frame, Pool};
 use crate::port::Batch;
 
@@ -37,15 +35,6 @@ pub(super) enum Kick {
     Event(EventFd),
     /// Not at all: the ring has to be polled.
     Polled,
-}
-
-/// What all queues of a device share.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Common {
-    pub(super) memory: Arc<GuestMemory>,
-    pub(super) features: Features,
-    pub(super) log: Option<Arc<DirtyLog>>,
-    pub(super) inflight: Option<InflightArea>,
 }
 
 /// What a queue is doing.
@@ -70,14 +59,14 @@ pub(super) struct Queue {
     size: u16,
     addresses: Option<RingAddresses>,
     /// Where the front-end says to begin.
-    base: u16,
+    base: u32,
     /// Where an interrupted queue goes on.
     position: Option<Position>,
     kick: Option<Kick>,
     call: Option<EventFd>,
     error: Option<EventFd>,
     is_enabled: bool,
-    live: Option<Live>,
+    live: Option<Service>,
     /// Whether there is one, to be looked at without the queue's lock.
     is_live: Arc<AtomicBool>,
     fault: Option<QueueError>,
@@ -131,9 +120,7 @@ impl Queue {
         let Some(mut live) = self.live.take() else { return };
         self.is_live.store(false, Ordering::Release);
         live.notify(self.call.as_ref(), counters);
-        // Nothing of the ring is of use once the memory behind it went.
         self.position = Some(live.position());
-        drop(live.into_inflight());
     }
 
     /// Serves the queue, if everything for it is there.
@@ -151,32 +138,17 @@ impl Queue {
             self.fault = Some(QueueError::MemoryLost);
             return Ok(());
         }
-        let ring = SplitRing::new(memory, &addresses, self.size)?;
-        let used = ring.used_index();
-        // The queue gives chains back in the order in which it takes them, and none stays with it between batches: whatever the base,
-        // the used index says how far it got. A front-end that lost the back-end knows no better base.
-        let position = self.position.unwrap_or(Position { available: used, used });
-        let mut left = Vec::new();
-        let area = self.common.inflight.as_ref();
-        let mut inflight = area.map(|area| area.queue(self.index, self.size)).transpose()?.flatten();
-        let mut available = position.available;
-        if let Some(inflight) = &mut inflight {
-            left = inflight.recover(position.used)?;
-            if self.position.is_none() {
-                available = used.wrapping_add(left.len() as u16);
-            }
-        }
-        let terms = Terms {
+        let plan = Plan {
+            index: self.index,
             direction: self.direction,
-            features: self.common.features,
+            common: &self.common,
+            addresses,
+            size: self.size,
+            base: self.base,
+            position: self.position,
             longest_frame: self.longest_frame,
-            inflight,
-            log: self.common.log.clone().map(|log| (log, addresses.log)),
         };
-        let mut live =
-            Live::new(ring, Arc::clone(memory), Position { available, used: position.used }, terms);
-        live.resume(left);
-        self.live = Some(live);
+        self.live = Some(Service::new(&plan)?);
         self.is_live.store(true, Ordering::Release);
         // Whoever sleeps on the queue looks at it now, and whoever waits in the guest does too: notifications may have been lost.
         if let Some(Kick::Event(kick)) = &self.kick {
@@ -197,11 +169,22 @@ impl Queue {
 
     /// Takes what all queues share.
     pub(super) fn set_common(&mut self, common: Common, counters: &Counters) -> Result<(), RequestError> {
-        self.change(counters, |queue| queue.common = common)
+        self.change(counters, |queue| {
+            if common.features.has(bit::RING_PACKED) != queue.is_packed() {
+                // Of a ring of the other kind it says nothing.
+                queue.position = None;
+            }
+            queue.common = common;
+        })
+    }
+
+    fn is_packed(&self) -> bool {
+        self.common.features.has(bit::RING_PACKED)
     }
 
     pub(super) fn set_size(&mut self, size: u32, counters: &Counters) -> Result<(), RequestError> {
-        if !size.is_power_of_two() || size > MAX_SIZE {
+        let is_possible = if self.is_packed() { size > 0 } else { size.is_power_of_two() };
+        if !is_possible || size > MAX_SIZE {
             return Err(SetupError::Size(size).into());
         }
         self.change(counters, |queue| queue.size = size as u16)
@@ -221,7 +204,11 @@ impl Queue {
         })
     }
 
-    pub(super) fn set_base(&mut self, base: u16, counters: &Counters) -> Result<(), RequestError> {
+    /// Where to begin: of a split ring an index, of a packed one two places, with their wrap counters in the highest bits.
+    pub(super) fn set_base(&mut self, base: u32, counters: &Counters) -> Result<(), RequestError> {
+        if !self.is_packed() && base > u16::MAX.into() {
+            return Err(RequestError::Value { what: "base of a ring", value: base.into() });
+        }
         self.change(counters, |queue| {
             queue.base = base;
             queue.position = None;
@@ -258,14 +245,17 @@ impl Queue {
         self.change(counters, |queue| queue.is_enabled = is_enabled)
     }
 
-    /// Ends the service until the next kick descriptor; answers where to go on.
-    pub(super) fn stop(&mut self, counters: &Counters) -> u16 {
+    /// Ends the service until the next kick descriptor; answers where to go on, as [`set_base`](Self::set_base) has it.
+    pub(super) fn stop(&mut self, counters: &Counters) -> u32 {
         self.pause(counters);
         self.forget_kick();
         self.call = None;
         self.fault = None;
         if let Some(position) = self.position.take() {
-            self.base = position.available;
+            self.base = position.available.into();
+            if self.is_packed() {
+                self.base |= u32::from(position.used) << 16;
+            }
         }
         self.base
     }

@@ -48,6 +48,7 @@ pub(super) struct Descriptor {
     pub(super) address: u64,
     pub(super) len: u32,
     pub(super) flags: u16,
+    /// Where the chain goes on.
     pub(super) next: u16,
 }
 
@@ -62,6 +63,13 @@ impl Descriptor {
     pub(super) fn from_bytes(bytes: [u8; DESCRIPTOR]) -> Self {
         let (words, _) = bytes.as_chunks::<8>();
         Self::from_words([u64::from_ne_bytes(words[0]), u64::from_ne_bytes(words[1])])
+    }
+
+    /// The same of a packed ring: its flags come last, and it does not say where the chain goes on.
+    #[inline]
+    pub(super) fn from_packed(bytes: [u8; DESCRIPTOR]) -> Self {
+        let Self { address, len, next: flags, .. } = Self::from_bytes(bytes);
+        Self { address, len, flags, next: 0 }
     }
 
     #[inline]

@@ -42,7 +42,7 @@ impl Endpoint {
         if config.mode == Mode::Client {
             return Ok(Endpoint::Connecting);
         }
-        clear_the_way(path)?;
+        remove_dead_socket(path)?;
         let listen = || {
             let listener = UnixListener::bind(path)?;
             std::fs::set_permissions(path, Permissions::from_mode(SOCKET_MODE))?;
@@ -53,8 +53,12 @@ impl Endpoint {
     }
 }
 
-/// Removes the socket of a process that is no more.
-fn clear_the_way(path: &Path) -> Result<(), OpenError> {
+/// Removes the socket of a process that is no more, if there is one.
+///
+/// # Errors
+///
+/// Somebody listens there, there is something else, or the kernel refuses.
+pub fn remove_dead_socket(path: &Path) -> Result<(), OpenError> {
     let path = path.to_path_buf();
     match path.symlink_metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),

@@ -2,5 +2,7 @@ mod data;
 mod garbage;
 mod hostile;
 mod inflight;
+mod packed;
+mod packed_recovery;
 mod protocol;
 mod setup;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
-use super::setup::{BUFFERS, FEATURES, FROM_GUEST, RAM, Rig, TO_GUEST, all_features, frame};
+use super::setup::{BOTH, BUFFERS, FEATURES, FROM_GUEST, RAM, Rig, TO_GUEST, all_features, frame};
 use crate::frame::{Checksum, Gso, GsoKind, Offload};
 use crate::vhost::driver::{DriverRing, GUEST_BASE, GuestRam, WRITE};
 use crate::vhost::error::FrameFault;
@@ -16,32 +16,34 @@ use crate::vhost::ring::RingAddresses;
 
 #[test]
 fn frames_come_whole_however_they_are_cut() {
-    let mut rig = Rig::new(FROM_GUEST, 64, FEATURES);
-    let sent = frame(300, 7);
-    let whole = [vec![0; 12], sent.clone()].concat();
-    rig.ram.write(BUFFERS, &whole);
-    // Header alone, header cut, data cut, an empty piece.
-    let cuts: [&[u32]; 5] = [&[312], &[12, 300], &[5, 307], &[12, 100, 0, 200], &[1, 1, 10, 150, 150]];
-    for (index, cut) in cuts.into_iter().enumerate() {
-        let mut at = BUFFERS;
-        let mut pieces = Vec::new();
-        for len in cut {
-            pieces.push((at, *len, 0));
-            at += u64::from(*len);
+    for features in BOTH {
+        let mut rig = Rig::new(FROM_GUEST, 64, features);
+        let sent = frame(300, 7);
+        let whole = [vec![0; 12], sent.clone()].concat();
+        rig.ram.write(BUFFERS, &whole);
+        // Header alone, header cut, data cut, an empty piece.
+        let cuts: [&[u32]; 5] = [&[312], &[12, 300], &[5, 307], &[12, 100, 0, 200], &[1, 1, 10, 150, 150]];
+        for (index, cut) in cuts.into_iter().enumerate() {
+            let mut at = BUFFERS;
+            let mut pieces = Vec::new();
+            for len in cut {
+                pieces.push((at, *len, 0));
+                at += u64::from(*len);
+            }
+            let head = if index % 2 == 0 {
+                rig.ring.post(&rig.ram, &pieces)
+            } else {
+                rig.ring.post_indirect(&rig.ram, BUFFERS + 0x1000, &pieces)
+            };
+            rig.ring.show(&rig.ram);
+            let got = rig.receive();
+            assert_eq!(got.len(), 1, "{cut:?}");
+            assert_eq!(got[0].bytes(), sent, "{cut:?}");
+            assert_eq!(rig.ring.reap(&rig.ram), Some((head, 0)), "{cut:?}");
         }
-        let head = if index % 2 == 0 {
-            rig.ring.post(&rig.ram, &pieces)
-        } else {
-            rig.ring.post_indirect(&rig.ram, BUFFERS + 0x1000, &pieces)
-        };
-        rig.ring.show(&rig.ram);
-        let got = rig.receive();
-        assert_eq!(got.len(), 1, "{cut:?}");
-        assert_eq!(got[0].bytes(), sent, "{cut:?}");
-        assert_eq!(rig.ring.reap(&rig.ram), Some((head, 0)), "{cut:?}");
+        assert_eq!(rig.counted().frames, 5);
+        assert_eq!(rig.counted().bytes, 1500);
     }
-    assert_eq!(rig.counted().frames, 5);
-    assert_eq!(rig.counted().bytes, 1500);
 }
 
 #[test]
@@ -63,96 +65,108 @@ fn a_table_may_end_a_chain() {
 
 #[test]
 fn the_ring_goes_round_many_times_in_order() {
-    let mut rig = Rig::new(FROM_GUEST, 8, FEATURES);
-    for turn in 0..20_000_u32 {
-        let bytes = [vec![2; 14], turn.to_le_bytes().to_vec()].concat();
-        rig.send(BUFFERS + u64::from(turn % 8) * 64, [0; 12], &bytes);
-        if turn % 3 == 2 {
-            for (index, got) in rig.receive().iter().enumerate() {
-                assert_eq!(got.bytes()[14..], (turn - 2 + index as u32).to_le_bytes());
-                assert!(rig.ring.reap(&rig.ram).is_some());
+    for features in BOTH {
+        let mut rig = Rig::new(FROM_GUEST, 8, features);
+        for turn in 0..20_000_u32 {
+            let bytes = [vec![2; 14], turn.to_le_bytes().to_vec()].concat();
+            rig.send(BUFFERS + u64::from(turn % 8) * 64, [0; 12], &bytes);
+            if turn % 3 == 2 {
+                for (index, got) in rig.receive().iter().enumerate() {
+                    assert_eq!(got.bytes()[14..], (turn - 2 + index as u32).to_le_bytes());
+                    assert!(rig.ring.reap(&rig.ram).is_some());
+                }
             }
         }
+        assert_eq!(rig.counted().frames, 19_998);
     }
-    assert_eq!(rig.counted().frames, 19_998);
 }
 
 #[test]
 fn a_batch_takes_no_more_than_there_is_room_for() {
-    let mut rig = Rig::new(FROM_GUEST, 64, FEATURES);
-    for turn in 0..50 {
-        rig.send(BUFFERS + turn * 64, [0; 12], &frame(60, turn as u8));
+    for features in BOTH {
+        let mut rig = Rig::new(FROM_GUEST, 64, features);
+        for turn in 0..50 {
+            rig.send(BUFFERS + turn * 64, [0; 12], &frame(60, turn as u8));
+        }
+        assert_eq!(rig.receive().len(), 32);
+        assert_eq!(rig.ring.device_index(&rig.ram), 32);
+        assert_eq!(rig.receive().len(), 18);
     }
-    assert_eq!(rig.receive().len(), 32);
-    assert_eq!(rig.ring.device_index(&rig.ram), 32);
-    assert_eq!(rig.receive().len(), 18);
 }
 
 #[test]
 fn frames_stay_with_the_guest_while_there_are_no_chunks() {
-    let mut rig = Rig::new(FROM_GUEST, 8, FEATURES);
-    let mut taken = Vec::new();
-    while let Some(frame) = rig.pool.take(60) {
-        taken.push(frame);
+    for features in BOTH {
+        let mut rig = Rig::new(FROM_GUEST, 8, features);
+        let mut taken = Vec::new();
+        while let Some(frame) = rig.pool.take(60) {
+            taken.push(frame);
+        }
+        rig.send(BUFFERS, [0; 12], &frame(60, 1));
+        assert!(rig.receive().is_empty());
+        assert_eq!(rig.ring.device_index(&rig.ram), 0);
+        rig.pool.give(taken.pop().unwrap());
+        assert_eq!(rig.receive().len(), 1);
     }
-    rig.send(BUFFERS, [0; 12], &frame(60, 1));
-    assert!(rig.receive().is_empty());
-    assert_eq!(rig.ring.device_index(&rig.ram), 0);
-    rig.pool.give(taken.pop().unwrap());
-    assert_eq!(rig.receive().len(), 1);
 }
 
 #[test]
 fn frames_go_into_one_buffer_or_several() {
-    for (buffer, header_apart) in [(2048, false), (2048, true), (100, false), (13, false)] {
-        let mut rig = Rig::new(TO_GUEST, 256, FEATURES);
-        let mut at = BUFFERS;
-        for _ in 0..128 {
-            let pieces = [(at, 12, WRITE), (at + 12, buffer - 12, WRITE)];
-            let one = [(at, buffer, WRITE)];
-            rig.ring.post(&rig.ram, if header_apart { &pieces } else { &one });
-            at += u64::from(buffer);
-        }
-        rig.ring.show(&rig.ram);
-        for seed in 0..3 {
-            let sent = frame(333, seed);
-            assert_eq!(rig.deliver(&[&sent]), Some(1));
-            let count = (345_u32).div_ceil(buffer);
-            let mut got = Vec::new();
-            for _ in 0..count {
-                let (head, written) = rig.ring.reap(&rig.ram).unwrap();
-                let step = if header_apart { 2 } else { 1 };
-                let from = BUFFERS + u64::from(head) / step * u64::from(buffer);
-                got.extend(rig.ram.read(from, written as usize));
+    for features in BOTH {
+        for (buffer, header_apart) in [(2048, false), (2048, true), (100, false), (13, false)] {
+            let mut rig = Rig::new(TO_GUEST, 256, features);
+            let mut at = BUFFERS;
+            for _ in 0..128 {
+                let pieces = [(at, 12, WRITE), (at + 12, buffer - 12, WRITE)];
+                let one = [(at, buffer, WRITE)];
+                rig.ring.post(&rig.ram, if header_apart { &pieces } else { &one });
+                at += u64::from(buffer);
             }
-            assert_eq!(rig.ring.reap(&rig.ram), None);
-            assert_eq!(got[12..], sent, "buffers of {buffer}");
-            assert_eq!(got[10..12], (count as u16).to_le_bytes(), "buffers of {buffer}");
+            rig.ring.show(&rig.ram);
+            for seed in 0..3 {
+                let sent = frame(333, seed);
+                assert_eq!(rig.deliver(&[&sent]), Some(1));
+                let count = (345_u32).div_ceil(buffer);
+                let mut got = Vec::new();
+                for _ in 0..count {
+                    let (head, written) = rig.ring.reap(&rig.ram).unwrap();
+                    let step = if header_apart { 2 } else { 1 };
+                    let from = BUFFERS + u64::from(head) / step * u64::from(buffer);
+                    got.extend(rig.ram.read(from, written as usize));
+                }
+                assert_eq!(rig.ring.reap(&rig.ram), None);
+                assert_eq!(got[12..], sent, "buffers of {buffer}");
+                assert_eq!(got[10..12], (count as u16).to_le_bytes(), "buffers of {buffer}");
+            }
         }
     }
 }
 
 #[test]
 fn a_frame_too_long_for_the_buffers_is_counted() {
-    let mut rig = Rig::new(TO_GUEST, 8, FEATURES & !bit::MRG_RXBUF);
-    rig.ring.post(&rig.ram, &[(BUFFERS, 100, WRITE)]);
-    rig.ring.show(&rig.ram);
-    assert_eq!(rig.deliver(&[&frame(200, 0), &frame(60, 1)]), Some(1));
-    assert_eq!(rig.counted().faults(FrameFault::BufferTooSmall), 1);
-    assert_eq!(rig.ring.reap(&rig.ram), Some((0, 72)));
+    for features in BOTH {
+        let mut rig = Rig::new(TO_GUEST, 8, features & !bit::MRG_RXBUF);
+        rig.ring.post(&rig.ram, &[(BUFFERS, 100, WRITE)]);
+        rig.ring.show(&rig.ram);
+        assert_eq!(rig.deliver(&[&frame(200, 0), &frame(60, 1)]), Some(1));
+        assert_eq!(rig.counted().faults(FrameFault::BufferTooSmall), 1);
+        assert_eq!(rig.ring.reap(&rig.ram), Some((0, 72)));
+    }
 }
 
 #[test]
 fn a_guest_without_buffers_costs_frames_and_nothing_else() {
-    let mut rig = Rig::new(TO_GUEST, 8, FEATURES);
-    rig.ring.post(&rig.ram, &[(BUFFERS, 100, WRITE)]);
-    rig.ring.show(&rig.ram);
-    // Two buffers would be needed: the one there stays.
-    assert_eq!(rig.deliver(&[&frame(150, 0)]), Some(0));
-    assert_eq!(rig.counted().faults(FrameFault::NoBuffers), 1);
-    assert_eq!(rig.deliver(&[&frame(60, 0), &frame(60, 1), &frame(60, 2)]), Some(1));
-    assert_eq!(rig.counted().faults(FrameFault::NoBuffers), 3);
-    assert_eq!(rig.queue.state(), QueueState::Running);
+    for features in BOTH {
+        let mut rig = Rig::new(TO_GUEST, 8, features);
+        rig.ring.post(&rig.ram, &[(BUFFERS, 100, WRITE)]);
+        rig.ring.show(&rig.ram);
+        // Two buffers would be needed: the one there stays.
+        assert_eq!(rig.deliver(&[&frame(150, 0)]), Some(0));
+        assert_eq!(rig.counted().faults(FrameFault::NoBuffers), 1);
+        assert_eq!(rig.deliver(&[&frame(60, 0), &frame(60, 1), &frame(60, 2)]), Some(1));
+        assert_eq!(rig.counted().faults(FrameFault::NoBuffers), 3);
+        assert_eq!(rig.queue.state(), QueueState::Running);
+    }
 }
 
 #[test]
@@ -224,18 +238,20 @@ fn super_frames_of_many_segments_end_a_batch() {
 
 #[test]
 fn interrupts_are_coalesced_and_asked_for() {
-    let mut rig = Rig::new(TO_GUEST, 64, FEATURES);
-    for index in 0..64 {
-        rig.ring.post(&rig.ram, &[(BUFFERS + index * 2048, 2048, WRITE)]);
+    for features in BOTH {
+        let mut rig = Rig::new(TO_GUEST, 64, features);
+        for index in 0..64 {
+            rig.ring.post(&rig.ram, &[(BUFFERS + index * 2048, 2048, WRITE)]);
+        }
+        rig.ring.show(&rig.ram);
+        let bytes = frame(60, 0);
+        rig.deliver(&[&bytes[..]; 8]);
+        assert_eq!(rig.calls(), 1, "one for a batch");
+        rig.ring.set_flags(&rig.ram, 1);
+        rig.deliver(&[&bytes[..]; 8]);
+        assert_eq!(rig.calls(), 0, "none where none is wanted");
+        assert_eq!(rig.counted().notifications, 1);
     }
-    rig.ring.show(&rig.ram);
-    let bytes = frame(60, 0);
-    rig.deliver(&[&bytes[..]; 8]);
-    assert_eq!(rig.calls(), 1, "one for a batch");
-    rig.ring.set_flags(&rig.ram, 1);
-    rig.deliver(&[&bytes[..]; 8]);
-    assert_eq!(rig.calls(), 0, "none where none is wanted");
-    assert_eq!(rig.counted().notifications, 1);
 }
 
 #[test]
@@ -365,7 +381,7 @@ fn a_change_in_the_middle_loses_nothing() {
             }
             _ => {
                 let base = rig.queue.stop(&rig.counters);
-                assert_eq!(base, u16::from(turn));
+                assert_eq!(base, u32::from(turn));
                 rig.queue.set_base(base, &rig.counters).unwrap();
                 rig.queue.set_kick(crate::vhost::queue::Kick::Polled, &rig.counters).unwrap();
             }

@@ -89,8 +89,19 @@ impl Served {
     }
 }
 
+/// What no guest here takes.
+const NOT_TAKEN: u64 = bit::LOG_ALL | bit::EVENT_IDX;
+
+/// Which rings a guest has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rings {
+    Split,
+    Packed,
+}
+
 /// A VMM with a guest: four rings in its memory, set up over the protocol.
 struct Vmm {
+    kind: Rings,
     front: Frontend,
     ram: GuestRam,
     rings: Vec<DriverRing>,
@@ -99,17 +110,20 @@ struct Vmm {
 }
 
 impl Vmm {
-    fn new(socket: UnixStream) -> Vmm {
+    fn new(socket: UnixStream, kind: Rings) -> Vmm {
         let ram = GuestRam::new(RAM).unwrap();
         let mut at = GUEST_BASE;
         let mut rings = Vec::new();
         for _ in 0..4 {
-            let ring = DriverRing::new(64, at);
+            let ring = match kind {
+                Rings::Split => DriverRing::new(64, at),
+                Rings::Packed => DriverRing::packed(64, at),
+            };
             at = ring.end().next_multiple_of(4096);
             rings.push(ring);
         }
         let events = || (0..4).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap()).collect();
-        Vmm { front: Frontend::from_stream(socket, 4), ram, rings, kicks: events(), calls: events() }
+        Vmm { kind, front: Frontend::from_stream(socket, 4), ram, rings, kicks: events(), calls: events() }
     }
 
     fn region(&self) -> VhostUserMemoryRegionInfo {
@@ -123,9 +137,15 @@ impl Vmm {
         }
     }
 
+    /// What the guest takes of what it is offered.
+    fn features(&mut self) -> u64 {
+        let not_taken = NOT_TAKEN | if self.kind == Rings::Split { bit::RING_PACKED } else { 0 };
+        self.front.get_features().unwrap() & !not_taken
+    }
+
     fn negotiate(&mut self) -> u64 {
         self.front.set_owner().unwrap();
-        let features = self.front.get_features().unwrap() & !bit::LOG_ALL & !bit::EVENT_IDX;
+        let features = self.features();
         let protocol = self.front.get_protocol_features().unwrap();
         self.front.set_protocol_features(protocol).unwrap();
         self.front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -133,10 +153,11 @@ impl Vmm {
         features
     }
 
-    fn set_up_ring(&mut self, index: usize, base: u16) {
+    /// Of a packed ring's base, the front-end says only the first half, as DPDK's does.
+    fn set_up_ring(&mut self, index: usize, base: u32) {
         let ring = &self.rings[index];
         self.front.set_vring_num(index, ring.size).unwrap();
-        self.front.set_vring_base(index, base).unwrap();
+        self.front.set_vring_base(index, base as u16).unwrap();
         let data = VringConfigData {
             queue_max_size: ring.size,
             queue_size: ring.size,
@@ -153,11 +174,15 @@ impl Vmm {
 
     /// Everything, as a VMM does it when the guest's driver is ready.
     fn boot(socket: UnixStream) -> Vmm {
-        let mut vmm = Vmm::new(socket);
+        Vmm::boot_with(socket, Rings::Split)
+    }
+
+    fn boot_with(socket: UnixStream, kind: Rings) -> Vmm {
+        let mut vmm = Vmm::new(socket, kind);
         vmm.negotiate();
         vmm.front.set_mem_table(&[vmm.region()]).unwrap();
         for index in 0..4 {
-            vmm.set_up_ring(index, 0);
+            vmm.set_up_ring(index, vmm.rings[index].base());
             vmm.front.set_vring_enable(index, true).unwrap();
         }
         vmm
@@ -201,8 +226,17 @@ fn assert_passes(served: &mut Served, vmm: &mut Vmm, seed: u8) {
 
 #[test]
 fn a_guest_boots_and_frames_pass() {
+    boots(Rings::Split);
+}
+
+#[test]
+fn a_guest_with_packed_rings_boots_and_frames_pass() {
+    boots(Rings::Packed);
+}
+
+fn boots(kind: Rings) {
     let mut served = Served::new(Mode::Server);
-    let mut vmm = Vmm::boot(served.dial());
+    let mut vmm = Vmm::boot_with(served.dial(), kind);
     assert_passes(&mut served, &mut vmm, 0);
     let status = served.port.status();
     assert!(status.is_connected);
@@ -278,8 +312,25 @@ fn a_client_finds_its_front_end_again_and_again() {
 
 #[test]
 fn a_restarted_switch_goes_on_where_the_guest_is() {
+    restarts(Rings::Split, 0);
+}
+
+#[test]
+fn a_restarted_switch_goes_on_in_packed_rings() {
+    // The VMM knows nothing better than where the rings began, and they may have gone round since.
+    for turns in [0, 20, 63, 64, 65, 100, 127, 128, 200] {
+        restarts(Rings::Packed, turns);
+    }
+}
+
+fn restarts(kind: Rings, turns: usize) {
     let mut served = Served::new(Mode::Server);
-    let mut vmm = Vmm::boot(served.dial());
+    let mut vmm = Vmm::boot_with(served.dial(), kind);
+    for _ in 0..turns {
+        vmm.transmit(0, &frame(60, 1));
+        assert_eq!(served.received(0).len(), 1);
+        assert!(vmm.rings[1].reap(&vmm.ram).is_some());
+    }
     assert_passes(&mut served, &mut vmm, 0);
     vmm.transmit(0, &frame(60, 77));
     // The switch goes without a word; the guest's rings stay as they are.
@@ -290,8 +341,11 @@ fn a_restarted_switch_goes_on_where_the_guest_is() {
     vmm.negotiate();
     vmm.front.set_mem_table(&[vmm.region()]).unwrap();
     for index in 0..4 {
-        // The VMM knows no better base than the used index.
-        let base = vmm.rings[index].device_index(&vmm.ram);
+        // The VMM knows no better base than the used index, if there is one.
+        let base = match kind {
+            Rings::Split => vmm.rings[index].device_index(&vmm.ram).into(),
+            Rings::Packed => vmm.rings[index].base(),
+        };
         vmm.set_up_ring(index, base);
         vmm.front.set_vring_enable(index, true).unwrap();
     }
@@ -319,23 +373,35 @@ fn frames_for_a_pair_that_the_guest_does_not_use_go_to_one_that_it_does() {
 
 #[test]
 fn a_ring_stops_and_says_where() {
-    let mut served = Served::new(Mode::Server);
-    let mut vmm = Vmm::boot(served.dial());
-    for turn in 0..3 {
-        vmm.transmit(0, &frame(60, turn));
-        assert_eq!(served.received(0).len(), 1);
+    // Of packed rings, both places and their wrap counters.
+    let packed = |spot: u32| spot | spot << 16;
+    for (kind, turns, base) in [
+        (Rings::Split, 3, 3),
+        (Rings::Split, 70, 70),
+        (Rings::Packed, 0, packed(0x8000)),
+        (Rings::Packed, 3, packed(0x8003)),
+        (Rings::Packed, 64, packed(0)),
+        (Rings::Packed, 70, packed(6)),
+    ] {
+        let mut served = Served::new(Mode::Server);
+        let mut vmm = Vmm::boot_with(served.dial(), kind);
+        for turn in 0..turns {
+            vmm.transmit(0, &frame(60, turn));
+            assert_eq!(served.received(0).len(), 1);
+            assert!(vmm.rings[1].reap(&vmm.ram).is_some());
+        }
+        assert_eq!(vmm.front.get_vring_base(1).unwrap(), base, "{kind:?} after {turns}");
+        vmm.transmit(0, &frame(60, 9));
+        assert!(served.received(0).is_empty(), "a stopped ring is not served");
+        vmm.set_up_ring(1, base);
+        assert_eq!(served.received(0), [frame(60, 9)]);
     }
-    assert_eq!(vmm.front.get_vring_base(1).unwrap(), 3);
-    vmm.transmit(0, &frame(60, 9));
-    assert!(served.received(0).is_empty(), "a stopped ring is not served");
-    vmm.set_up_ring(1, 3);
-    assert_eq!(served.received(0), [frame(60, 9)]);
 }
 
 #[test]
 fn memory_comes_and_goes_by_slots() {
     let mut served = Served::new(Mode::Server);
-    let mut vmm = Vmm::new(served.dial());
+    let mut vmm = Vmm::new(served.dial(), Rings::Split);
     vmm.negotiate();
     vmm.front.add_mem_region(&vmm.region()).unwrap();
     for index in 0..4 {
@@ -360,9 +426,20 @@ fn memory_comes_and_goes_by_slots() {
 
 #[test]
 fn a_migration_sees_all_writes_and_is_announced() {
+    // Four used rings, two buffers, which share no page.
+    migrates(Rings::Split, 5..=6);
+}
+
+#[test]
+fn a_migration_sees_all_writes_to_packed_rings() {
+    // Four rings, whose devices' areas are on the same pages.
+    migrates(Rings::Packed, 5..=6);
+}
+
+fn migrates(kind: Rings, pages: std::ops::RangeInclusive<u32>) {
     use std::sync::atomic::Ordering;
     let mut served = Served::new(Mode::Server);
-    let mut vmm = Vmm::boot(served.dial());
+    let mut vmm = Vmm::boot_with(served.dial(), kind);
     let log = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     let bytes = ((GUEST_BASE + RAM) >> 15) + 1;
     rustix::fs::ftruncate(&log, bytes).unwrap();
@@ -374,20 +451,28 @@ fn a_migration_sees_all_writes_and_is_announced() {
     };
     assert_passes(&mut served, &mut vmm, 0);
     assert_eq!(count(), 0, "nothing is logged before it is asked for");
-    let features = vmm.front.get_features().unwrap() & !bit::EVENT_IDX;
+    let features = vmm.features();
     vmm.front.set_features(features | bit::LOG_ALL).unwrap();
     assert_passes(&mut served, &mut vmm, 1);
-    // Four used rings, two buffers, which share no page.
-    assert!((5..=6).contains(&count()), "{}", count());
+    assert!(pages.contains(&count()), "{}", count());
 }
 
 #[test]
 fn descriptors_in_flight_are_kept_by_the_front_end() {
+    keeps_in_flight(Rings::Split, 16);
+}
+
+#[test]
+fn descriptors_in_flight_of_packed_rings_are_kept_by_the_front_end() {
+    keeps_in_flight(Rings::Packed, 32);
+}
+
+fn keeps_in_flight(kind: Rings, entry: u64) {
     let mut served = Served::new(Mode::Server);
-    let mut vmm = Vmm::boot(served.dial());
+    let mut vmm = Vmm::boot_with(served.dial(), kind);
     let wanted = VhostUserInflight { mmap_size: 0, mmap_offset: 0, num_queues: 4, queue_size: 64 };
     let (area, file) = vmm.front.get_inflight_fd(&wanted).unwrap();
-    assert!(area.mmap_size >= 4 * (16 + 64 * 16));
+    assert!(area.mmap_size >= 4 * (16 + 64 * entry));
     vmm.front.set_inflight_fd(&area, file.as_raw_fd()).unwrap();
     assert_passes(&mut served, &mut vmm, 0);
     let mut version = [0; 2];
@@ -399,17 +484,34 @@ fn descriptors_in_flight_are_kept_by_the_front_end() {
 
 #[test]
 fn a_reset_guest_boots_again() {
+    for (before, after) in [
+        (Rings::Split, Rings::Split),
+        (Rings::Split, Rings::Packed),
+        (Rings::Packed, Rings::Packed),
+        (Rings::Packed, Rings::Split),
+    ] {
+        boots_again(before, after);
+    }
+}
+
+/// A guest may boot another system, with rings of another kind.
+fn boots_again(before: Rings, after: Rings) {
     let mut served = Served::new(Mode::Server);
-    let mut vmm = Vmm::boot(served.dial());
+    let mut vmm = Vmm::boot_with(served.dial(), before);
     assert_passes(&mut served, &mut vmm, 0);
+    vmm.kind = after;
     vmm.front.reset_device().unwrap();
     assert!(served.port.status().queues.iter().all(|queue| queue.state == QueueState::Idle));
     vmm.ram.write(GUEST_BASE, &[0; 0x8000]);
-    let features = vmm.front.get_features().unwrap() & !bit::LOG_ALL & !bit::EVENT_IDX;
+    let features = vmm.features();
     vmm.front.set_features(features).unwrap();
     for index in 0..4 {
-        vmm.rings[index] = DriverRing::new(64, vmm.rings[index].descriptors);
-        vmm.set_up_ring(index, 0);
+        let at = vmm.rings[index].descriptors;
+        vmm.rings[index] = match after {
+            Rings::Split => DriverRing::new(64, at),
+            Rings::Packed => DriverRing::packed(64, at),
+        };
+        vmm.set_up_ring(index, vmm.rings[index].base());
         vmm.front.set_vring_enable(index, true).unwrap();
     }
     assert_passes(&mut served, &mut vmm, 3);
@@ -437,7 +539,7 @@ fn requests_that_make_no_sense_are_refused_and_the_guest_lives() {
     let mut vmm = Vmm::boot(served.dial());
     assert!(vmm.front.set_vring_num(0, 100).is_err(), "not a power of two");
     vmm.set_up_ring(0, 0);
-    assert!(vmm.front.set_features(1 << 34 | bit::VERSION_1).is_err(), "packed rings were not offered");
+    assert!(vmm.front.set_features(1 << 35 | bit::VERSION_1).is_err(), "use in order was not offered");
     let mut huge = vmm.region();
     huge.guest_phys_addr = 1 << 40;
     huge.memory_size = 1 << 30;

@@ -11,8 +11,9 @@ use crate::vhost::counters::{Counters, QueueCounters};
 use crate::vhost::driver::{DriverRing, GUEST_BASE, GuestRam};
 use crate::vhost::features::{Features, bit, offered};
 use crate::vhost::notify::EventFd;
-use crate::vhost::queue::{Common, Kick, Queue, QueueState};
+use crate::vhost::queue::{Kick, Queue, QueueState};
 use crate::vhost::ring::RingAddresses;
+use crate::vhost::service::Common;
 
 /// Bytes of the guest.
 pub(super) const RAM: u64 = 1 << 20;
@@ -20,6 +21,9 @@ pub(super) const RAM: u64 = 1 << 20;
 pub(super) const BUFFERS: u64 = GUEST_BASE + 0x1_0000;
 /// What a guest of today takes.
 pub(super) const FEATURES: u64 = bit::VERSION_1 | bit::MRG_RXBUF | bit::INDIRECT_DESC;
+
+/// The same guest with split rings and with packed ones.
+pub(super) const BOTH: [u64; 2] = [FEATURES, FEATURES | bit::RING_PACKED];
 
 /// Which way.
 pub(super) const TO_GUEST: usize = 0;
@@ -44,7 +48,8 @@ impl Rig {
 
     pub(super) fn with(index: usize, size: u16, features: u64, more: impl FnOnce(Common) -> Common) -> Rig {
         let ram = GuestRam::new(RAM).unwrap();
-        let ring = DriverRing::new(size, GUEST_BASE);
+        let is_packed = features & bit::RING_PACKED != 0;
+        let ring = if is_packed { DriverRing::packed } else { DriverRing::new }(size, GUEST_BASE);
         let common = more(Common {
             memory: Arc::new(ram.memory().clone()),
             features: Features(features),
@@ -71,7 +76,7 @@ impl Rig {
         self.queue.stop(counters);
         self.queue.set_common(self.common.clone(), counters).unwrap();
         self.queue.set_size(self.ring.size.into(), counters).unwrap();
-        self.queue.set_base(0, counters).unwrap();
+        self.queue.set_base(self.ring.base(), counters).unwrap();
         self.queue.set_addresses(self.addresses(), counters).unwrap();
         self.queue.set_call(Some(EventFd::from_peer(self.call.try_clone().unwrap()).unwrap()));
         self.queue.set_kick(Kick::Polled, counters).unwrap();
@@ -132,7 +137,7 @@ impl Rig {
 
 /// Features with every offload.
 pub(super) fn all_features() -> u64 {
-    offered(true, false) & !bit::LOG_ALL & !bit::EVENT_IDX
+    offered(true, false) & !bit::LOG_ALL & !bit::EVENT_IDX & !bit::RING_PACKED
 }
 
 /// A frame of so many bytes, all different from the next.
