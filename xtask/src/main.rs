@@ -10,10 +10,12 @@
 mod bench;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod lab;
 mod lint;
 mod packages;
 mod process;
+mod soak;
 mod test;
 mod workspace;
 
@@ -50,11 +52,28 @@ enum Task {
         #[arg(long)]
         sriov: bool,
     },
+    /// Run the fuzz targets of all that reads what others wrote: guests, front-ends, QEMU, operators.
+    Fuzz {
+        /// How long each target runs.
+        #[arg(long, default_value_t = fuzz::SECONDS)]
+        seconds: u64,
+        /// Names of targets; all unless given.
+        targets: Vec<String>,
+    },
     /// Run a command in a throw-away machine with SR-IOV: a Debian kernel in QEMU, this machine's files read-only.
     Lab(lab::Options),
     /// Check the rules of the house: crate arrows, unsafe code, module docs, portable text, dependencies.
     Lint,
-    /// Run every test: units, examples, conformance and the end-to-end suites. Needs root.
+    /// Let ports come and go at random under load, and see that nothing is lost or left over. Needs root.
+    Soak {
+        /// How long.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// The seed of an earlier run, which does the same.
+        #[arg(long)]
+        seed: Option<u64>,
+    },
+    /// Run every test: units, examples, conformance, the end-to-end suites and the fuzz targets. Needs root.
     Test {
         /// Leave out the end-to-end suites.
         #[arg(long)]
@@ -73,8 +92,10 @@ fn main() -> std::process::ExitCode {
         Task::Bench { extra } => bench::bench(&extra),
         Task::BuildEbpf { toolchain, force } => ebpf::build(toolchain, force).map(drop),
         Task::Demo { sriov } => demo::demo(sriov),
+        Task::Fuzz { seconds, targets } => fuzz::fuzz(&fuzz::Which::Named(&targets), seconds),
         Task::Lab(options) => return lab::lab(&options),
         Task::Lint => lint::lint(),
+        Task::Soak { seconds, seed } => soak::soak(seconds, seed),
         Task::Test { quick, without_lab, extra } => test::test(quick, without_lab, &extra),
     };
     match outcome {

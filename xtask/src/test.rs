@@ -5,11 +5,15 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::fuzz::{Which, fuzz};
 use crate::packages::{self, Need};
 use crate::process::{clean, find, is_root, output, run, say};
 use crate::{ebpf, lab, workspace};
 
 const NEXTEST_VERSION: &str = "0.9.143";
+
+/// How long each fuzz target runs with the tests.
+const FUZZ_SECONDS: u64 = 5;
 
 /// All but the end-to-end suites, and the lab's own tests, which take time too.
 const QUICK: &str =
@@ -32,8 +36,8 @@ pub(crate) const NETWORK_TOOLS: [Need; 7] = [
 const PEERS: [Need; 2] =
     [Need::program("dpdk-testpmd", "dpdk-dev"), Need::program("qemu-system-x86_64", "qemu-system-x86")];
 
-/// Run the tests; `quick` leaves out the end-to-end suites, `without_lab` those in the SR-IOV lab. `extra` goes to the
-/// test runner.
+/// Run the tests; `quick` leaves out the end-to-end suites and fuzzing, `without_lab` the suites in the SR-IOV lab. `extra` goes to
+/// the test runner; with it, the rest is left out.
 pub(crate) fn test(quick: bool, without_lab: bool, extra: &[String]) -> Result<()> {
     require_root("the tests", "test")?;
     packages::ensure("testing", &NETWORK_TOOLS)?;
@@ -53,6 +57,9 @@ pub(crate) fn test(quick: bool, without_lab: bool, extra: &[String]) -> Result<(
         (false, true) => &["-E", WITHOUT_LAB],
         (false, false) => &[],
     };
+    if !quick && extra.is_empty() {
+        fuzz(&Which::Quick, FUZZ_SECONDS)?;
+    }
     let own = std::env::current_exe().context("which program are we?")?;
     match nextest() {
         Some(nextest) => {
