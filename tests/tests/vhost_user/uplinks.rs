@@ -1,11 +1,16 @@
 //! Uplinks whose XDP steers to the userspace engine: guests with rings are served by AF_XDP there, past the tap, and everybody
 //! else as ever.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result, ensure};
 use sluice_tests::api::{list, number, text};
 use sluice_tests::lab::INTERFACE;
-use sluice_tests::wire::{carries, note};
+use sluice_tests::lab_guest::{self, Pf, give};
+use sluice_tests::wire::{carries, echo_request, mac, mac_text, note};
 use sluice_tests::{Lab, PATIENCE, PacketSocket, Vm, scenario, tools, wait_until};
+use sluice_user::frame::{Region, RegionLayout};
+use sluice_user::xdp::{self, XdpOptions};
 
 use crate::Guest;
 
@@ -15,6 +20,16 @@ fn outside(lab: &Lab) -> Result<Vm> {
     out.netns.run(&["ethtool", "-K", INTERFACE, "tx", "off", "txvlan", "off"])?;
     Ok(out)
 }
+
+/// A switch whose uplink has XDP, with these vNICs.
+fn switch(vnics: &[String]) -> String {
+    format!(
+        "switches: [{{name: blue, uplink: {{netdev: up200, hook: XDP, fullChecksums: true}}}}]\nvnics:\n{}",
+        vnics.concat()
+    )
+}
+
+const BY_SOCKET: &str = "guests with rings: AF_XDP, copy mode, 1 queue";
 
 /// What the uplink's status says of guests with rings.
 fn said(lab: &Lab) -> Result<String> {
@@ -65,14 +80,9 @@ fn guests_with_rings_reach_the_outside_past_the_tap() -> Result<()> {
     scenario(|lab| {
         let (vm1, out) = (lab.vm(1)?, outside(lab)?);
         let (vm2, vm3) = (Guest::new(lab, 2)?, Guest::new(lab, 3)?);
-        lab.sluice().apply(&format!(
-            "switches: [{{name: blue, uplink: {{netdev: up200, hook: XDP, fullChecksums: true}}}}]\nvnics:\n{}{}{}",
-            vm1.vnic(""),
-            vm2.vnic(""),
-            vm3.vnic("")
-        ))?;
+        lab.sluice().apply(&switch(&[vm1.vnic(""), vm2.vnic(""), vm3.vnic("")]))?;
         let (first, second) = (vm2.boot(lab, true)?, vm3.boot(lab, false)?);
-        wait_said(lab, "guests with rings: AF_XDP, copy mode, 1 queue")?;
+        wait_said(lab, BY_SOCKET)?;
         for (one, other) in [(&vm1, &vm2.vm), (&vm2.vm, &out), (&out, &vm3.vm), (&vm1, &out)] {
             one.ping(other)?;
             other.ping(one)?;
@@ -125,4 +135,267 @@ fn guests_with_rings_reach_the_outside_past_the_tap() -> Result<()> {
         first.end()?;
         second.end()
     })
+}
+
+#[test]
+fn policy_holds_past_the_tap() -> Result<()> {
+    scenario(|lab| {
+        let (vm1, out) = (lab.vm(1)?, outside(lab)?);
+        let vm2 = Guest::new(lab, 2)?;
+        let rule = "{priority: 9, direction: TO_VM, match: {ethertype: 2048}, action: DENY}";
+        let policy = format!("policy: {{vlan: {{access: 7}}, acl: {{rules: [{rule}]}}}}");
+        lab.sluice().apply(&format!(
+            "switches: [{{name: blue, uplink: {{netdev: up200, hook: XDP, fullChecksums: true, \
+             trunk: [\"7-8\"]}}}}]\nvnics:\n{}{}",
+            vm1.vnic("policy: {vlan: {access: 7}}"),
+            vm2.vnic(&policy)
+        ))?;
+        let guest = vm2.boot(lab, true)?;
+        wait_said(lab, BY_SOCKET)?;
+        let wire = PacketSocket::open(&out.netns, INTERFACE)?;
+        let card = PacketSocket::open(&vm2.vm.netns, INTERFACE)?;
+        // The wire has tags, the guest has none; of other VLANs it hears nothing.
+        wire.send(&note(vm2.vm.mac(), out.mac(), &[(0x8100, 8)], "of another VLAN"))?;
+        burst(&wire, &card, |text| note(vm2.vm.mac(), out.mac(), &[(0x8100, 7)], text), "to the guest")?;
+        let strayed = card.drain(|frame| carries(frame, "of another VLAN"))?;
+        ensure!(strayed.is_empty(), "a frame of another VLAN got through");
+        card.send(&note(out.mac(), vm2.vm.mac(), &[], "to the wire"))?;
+        let frame = wire.expect("the note", PATIENCE, |frame| carries(frame, "to the wire"))?;
+        ensure!(frame == note(out.mac(), vm2.vm.mac(), &[(0x8100, 7)], "to the wire"), "{frame:02x?}");
+        // The trace knows the way.
+        let frame: String =
+            note(out.mac(), vm2.vm.mac(), &[], "traced").iter().map(|byte| format!("{byte:02x}")).collect();
+        let trace = lab.sluice().json(&["trace", "--port", "vnic/vm2", "--hex", &frame])?;
+        ensure!(trace["agree"] == true && trace["liveVerdict"] == "out uplink/blue", "{trace}");
+        // Guards and rules are those of the engine that serves it.
+        card.send(&note(out.mac(), vm1.mac(), &[], "spoofed"))?;
+        wait_until("the lie is counted", PATIENCE, || {
+            Ok((lab.sluice().dropped("vnic/vm2", "mac-guard")? == 1).then_some(()))
+        })?;
+        let echo = echo_request(vm2.vm.mac(), out.mac(), (out.ip4(), vm2.vm.ip4()), 1);
+        wire.send(&[&echo[..12], &[0x81, 0, 0, 7], &echo[12..]].concat())?;
+        wait_until("the rule counts", PATIENCE, || {
+            Ok((lab.sluice().rule_packets("vnic/vm2", 9)? == 1).then_some(()))
+        })?;
+        ensure!(lab.sluice().dropped("vnic/vm2", "acl-to-vm")? == 1, "and the drop");
+        // One address, one place.
+        let known = lab.sluice().fdb()?;
+        let places: BTreeSet<&str> = known
+            .iter()
+            .filter(|(_, mac)| *mac == mac_text(out.mac()))
+            .map(|(port, _)| port.as_str())
+            .collect();
+        ensure!(places == BTreeSet::from(["uplink/blue"]), "{known:?}");
+        guest.end()
+    })
+}
+
+#[test]
+fn nobody_else_hears_of_a_daemon_that_dies() -> Result<()> {
+    scenario(|lab| {
+        let (vm1, out) = (lab.vm(1)?, outside(lab)?);
+        let vm2 = Guest::new(lab, 2)?;
+        lab.sluice().apply(&switch(&[vm1.vnic(""), vm2.vnic("")]))?;
+        let guest = vm2.boot(lab, true)?;
+        wait_said(lab, BY_SOCKET)?;
+        vm2.vm.ping(&out)?;
+        let (wire, port) =
+            (PacketSocket::open(&out.netns, INTERFACE)?, PacketSocket::open(&vm1.netns, INTERFACE)?);
+        port.send(&note(out.mac(), vm1.mac(), &[], "here"))?;
+        wire.expect("the first", PATIENCE, |frame| carries(frame, "here"))?;
+        for is_sudden in [true, false] {
+            // Frames for everybody are under way all the time; those of the kernel's arrive, each of them.
+            for number in 0..3 * BURST {
+                let text = format!("{number} to the other.");
+                wire.send(&note(vm1.mac(), out.mac(), &[], &text))?;
+                wire.send(&note(vm2.vm.mac(), out.mac(), &[], "to the guest"))?;
+                if number == BURST && is_sudden {
+                    lab.kill()?;
+                } else if number == BURST {
+                    lab.stop()?;
+                } else if number == 2 * BURST {
+                    lab.start()?;
+                }
+                port.expect(&text, PATIENCE, |frame| carries(frame, &text))?;
+            }
+            lab.sluice().wait_ready("vnic", "vm2", PATIENCE)?;
+            wait_said(lab, BY_SOCKET)?;
+            vm2.vm.ping(&out)?;
+            out.ping(&vm2.vm)?;
+        }
+        guest.end()
+    })
+}
+
+#[test]
+fn guests_take_the_tap_where_there_is_no_xdp_and_the_uplink_says_so() -> Result<()> {
+    scenario(|lab| {
+        let out = outside(lab)?;
+        let vm2 = Guest::new(lab, 2)?;
+        let with = |hook: &str| switch(&[vm2.vnic("")]).replace("hook: XDP", &format!("hook: {hook}"));
+        lab.sluice().apply(&with("TCX"))?;
+        let guest = vm2.boot(lab, true)?;
+        for (hook, says) in [
+            ("TCX", "take the tap: no XDP"),
+            ("XDP", BY_SOCKET),
+            ("TCX", "take the tap: no XDP"),
+            ("XDP", BY_SOCKET),
+        ] {
+            lab.sluice().apply(&with(hook))?;
+            wait_said(lab, says)?;
+            vm2.vm.ping(&out)?;
+            out.ping(&vm2.vm)?;
+        }
+        // A driver that has XDP for others only.
+        lab.sluice().apply(&with("TCX"))?;
+        wait_said(lab, "no XDP")?;
+        let region = Region::new(RegionLayout { small: 256, large: 0 })?;
+        let ifindex = lab.host().ifindex("up200")?.context("no uplink")?;
+        let options = XdpOptions { entries: 64, zero_copy: false, ..XdpOptions::default() };
+        let other = lab.host().enter(|| Ok(xdp::open(ifindex, 0, &region, &options)?))?;
+        lab.sluice().apply(&with("XDP"))?;
+        wait_said(lab, "another socket has the queue")?;
+        vm2.vm.ping(&out)?;
+        out.ping(&vm2.vm)?;
+        drop(other);
+        guest.end()
+    })
+}
+
+#[test]
+fn an_uplink_that_comes_back_or_changes_is_served_again() -> Result<()> {
+    scenario(|lab| {
+        let out = outside(lab)?;
+        let vm2 = Guest::new(lab, 2)?;
+        lab.sluice().apply(&switch(&[vm2.vnic("")]))?;
+        let guest = vm2.boot(lab, true)?;
+        wait_said(lab, BY_SOCKET)?;
+        vm2.vm.ping(&out)?;
+        lab.host().run(&["ip", "link", "del", "up200"])?;
+        lab.sluice().wait_state("switch", "blue", "PENDING", PATIENCE)?;
+        lab.wire(&out, &["numrxqueues", "2", "numtxqueues", "2"])?;
+        out.default_addresses()?;
+        out.netns.run(&["ethtool", "-K", INTERFACE, "tx", "off", "txvlan", "off"])?;
+        wait_said(lab, "AF_XDP, copy mode, 2 queues")?;
+        let reach = || -> Result<()> {
+            vm2.vm.ping(&out)?;
+            out.ping(&vm2.vm)
+        };
+        reach()?;
+        let address = vm2.vm.ip4().to_string();
+        let end = tools::iperf3(&out.netns, &vm2.vm.netns, &address, &["-n", "20M", "-P", "4"])?;
+        ensure!(tools::gbits_received(&end) > 0.005, "TCP over both queues: {end}");
+        // The kernel takes no queue away that has a socket, or has had one a moment ago.
+        lab.sluice().apply(&switch(&[vm2.vnic("")]).replace("hook: XDP", "hook: TCX"))?;
+        wait_said(lab, "take the tap")?;
+        reach()?;
+        out.netns.run(&["ethtool", "-L", INTERFACE, "tx", "1", "rx", "1"])?;
+        wait_until("the queue can go", PATIENCE, || {
+            let set = lab.host().attempt(&["ethtool", "-L", "up200", "rx", "1", "tx", "1"])?;
+            Ok(set.status.success().then_some(()))
+        })?;
+        lab.sluice().apply(&switch(&[vm2.vnic("")]))?;
+        wait_said(lab, BY_SOCKET)?;
+        reach()?;
+        // One that is added gets a socket, though nobody announces it.
+        lab.host().run(&["ethtool", "-L", "up200", "rx", "2", "tx", "2"])?;
+        let two = || Ok(said(lab)?.contains("copy mode, 2 queues").then_some(()));
+        wait_until("the second queue has a socket", 3 * PATIENCE, two)?;
+        reach()?;
+        lab.host().run(&["ip", "link", "set", "up200", "mtu", "3000"])?;
+        out.netns.run(&["ip", "link", "set", INTERFACE, "mtu", "3000"])?;
+        vm2.vm.netns.run(&["ip", "link", "set", INTERFACE, "mtu", "3000"])?;
+        let target = out.ip4().to_string();
+        wait_until("long frames pass", 3 * PATIENCE, || {
+            let ping = vm2
+                .vm
+                .netns
+                .attempt(&["ping", "-n", "-c", "1", "-W", "1", "-s", "2900", "-M", "do", &target])?;
+            Ok(ping.status.success().then_some(()))
+        })?;
+        guest.end()
+    })
+}
+
+/// A station that is heard outside, and then behind a vNIC that may have others behind it: guests with rings find it there.
+#[test]
+fn guests_find_a_station_that_moves_from_the_wire_to_a_learning_vnic() -> Result<()> {
+    scenario(|lab| {
+        let (vm1, out) = (lab.vm(1)?, outside(lab)?);
+        let vm2 = Guest::new(lab, 2)?;
+        let learner = vm1.vnic("policy: {allowSpoofing: true, learnLimit: 4}");
+        lab.sluice().apply(&switch(&[learner, vm2.vnic("")]))?;
+        let guest = vm2.boot(lab, true)?;
+        wait_said(lab, "may spoof")?;
+        wait_said(lab, BY_SOCKET)?;
+        let station = mac(77);
+        let (wire, card) =
+            (PacketSocket::open(&out.netns, INTERFACE)?, PacketSocket::open(&vm2.vm.netns, INTERFACE)?);
+        let port = PacketSocket::open(&vm1.netns, INTERFACE)?;
+        burst(&wire, &card, |text| note(vm2.vm.mac(), station, &[], text), "from the wire")?;
+        burst(&card, &wire, |text| note(station, vm2.vm.mac(), &[], text), "to the wire")?;
+        // It says a word to somebody else only.
+        port.send(&note(out.mac(), station, &[], "moved"))?;
+        wire.expect("the word", PATIENCE, |frame| carries(frame, "moved"))?;
+        burst(&card, &port, |text| note(station, vm2.vm.mac(), &[], text), "to where it is")?;
+        guest.end()
+    })
+}
+
+/// igb moves frames without copying them, from Linux 6.14 on.
+#[test]
+#[ignore = "runs in the SR-IOV lab"]
+fn a_nic_that_copies_nothing_serves_everybody() -> Result<()> {
+    lab_guest::require()?;
+    scenario(|lab| {
+        let (near, far) = (Pf::open("pf0")?, Pf::open("pf1")?);
+        let outside = lab.netns("outside")?;
+        let target = "10.77.79.1";
+        give(far.name(), &outside, &[&format!("{target}/16")])?;
+        outside.run(&["ip", "link", "set", far.name(), "promisc", "on"])?;
+        give(near.name(), lab.host(), &[])?;
+        lab.host().run(&["ethtool", "-L", near.name(), "combined", "1"])?;
+        let vm1 = lab.vm(1)?;
+        let vm2 = Guest::new(lab, 2)?;
+        lab.sluice().apply(&format!(
+            "switches: [{{name: blue, uplink: {{netdev: {}}}}}]\nvnics:\n{}{}",
+            near.name(),
+            vm1.vnic(""),
+            vm2.vnic("")
+        ))?;
+        let guest = vm2.boot(lab, true)?;
+        let reach = || -> Result<()> {
+            wait_said(lab, "guests with rings: AF_XDP, zero-copy, 1 queue")?;
+            for vm in [&vm1, &vm2.vm] {
+                tools::ping(&vm.netns, target)?;
+                tools::ping(&outside, &vm.ip4().to_string())?;
+            }
+            let end = tools::iperf3(&outside, &vm2.vm.netns, &vm2.vm.ip4().to_string(), &["-n", "2M"])?;
+            // Emulated, and so slow; but TCP that lives on retransmissions would not get there.
+            ensure!(tools::gbits_received(&end) > 0.002, "TCP to the guest: {end}");
+            vm1.ping(&vm2.vm)
+        };
+        reach()?;
+        let before = tap_carried(lab)?;
+        tools::ping(&vm2.vm.netns, target)?;
+        ensure!(tap_carried(lab)?[0] - before[0] < 3, "the tap carried what came in");
+        // The sockets vanish, the queue becomes the stack's again, and others go on.
+        lab.kill()?;
+        tools::ping(&vm1.netns, target)?;
+        tools::ping(&outside, &vm1.ip4().to_string())?;
+        lab.start()?;
+        lab.sluice().wait_ready("vnic", "vm2", PATIENCE)?;
+        reach()?;
+        // And so it does when nobody needs them any more.
+        lab.sluice().run(&["delete", "vnic", "vm2"])?;
+        tools::ping(&vm1.netns, target)?;
+        ensure!(!said(lab)?.contains("guests with rings"), "{}", said(lab)?);
+        drop(guest);
+        Ok(())
+    })
+}
+
+#[test]
+fn nics_serve_guests_with_rings_in_the_lab() -> Result<()> {
+    lab_guest::run_ignored()
 }
