@@ -132,6 +132,11 @@ fn commands_and_words_fit_each_other() {
         "sluice acknowledge vnic a --ticket 7 --done --lost 3",
         "sluice acknowledge vnic/a --ticket 7 --refused busy",
         "sluice probe uplink blue",
+        "sluice workers",
+        "sluice workers -o json",
+        "sluice workers cores 2-3,5",
+        "sluice workers move vnic/a 0 3",
+        "sluice workers auto vnic/a",
     ] {
         assert!(parse(line).is_ok(), "{line}: {:?}", parse(line).err());
     }
@@ -424,4 +429,85 @@ async fn several_resources_are_read_and_deleted_at_once() {
     let (text, _) = sluice(&bench, "delete vnic/vm1 vnic/vm2 switch/blue").await.expect("deleted");
     assert_eq!(text.lines().count(), 3, "{text}");
     assert!(text.contains("switches/blue deleted (revision 2)"), "{text}");
+}
+
+fn workers() -> v1::WorkersStatus {
+    let queue = |port: &str, queue, load, pin| v1::WorkerQueue {
+        port: port.to_owned(),
+        queue,
+        load,
+        frames_per_second: 1234.5,
+        frames: 9_876,
+        pin,
+        ..v1::WorkerQueue::default()
+    };
+    let worker = |core, state: v1::worker::State, load, queues| v1::Worker {
+        core,
+        state: state.into(),
+        load,
+        frames_per_second: 2_000_000.4,
+        polls: 77,
+        wakeups: 8,
+        queues,
+        ..v1::Worker::default()
+    };
+    let queues = vec![queue("vnic/vm2", 0, 0.0, Some(9)), queue("vnic/vm1", 1, 0.25, Some(3))];
+    let workers = vec![
+        worker(3, v1::worker::State::Spinning, 0.5, queues),
+        worker(7, v1::worker::State::Asleep, 0.0, vec![queue("vnic/vm1", 0, 0.125, None)]),
+    ];
+    v1::WorkersStatus { workers, allowed_cores: vec![0, 3, 7], ..v1::WorkersStatus::default() }
+}
+
+#[test]
+fn workers_and_queues_are_tables() {
+    let text = printed(|output| {
+        render::workers::status(output, &workers()).expect("printed");
+    });
+    assert_eq!(
+        text,
+        "\
+CORE  STATE     LOAD    FRAMES/S  POLLS  WAKE-UPS  QUEUES
+3     spinning  50.0 %  2000000   77     8         2
+7     asleep    0.0 %   2000000   77     8         1
+
+PORT      QUEUE  CORE  LOAD    FRAMES/S  PLACED
+vnic/vm1  0      7     12.5 %  1234      by load
+vnic/vm1  1      3     25.0 %  1234      pinned
+vnic/vm2  0      3     0.0 %   1234      pinned to core 9, where no worker is
+"
+    );
+    let trouble = v1::WorkersStatus { trouble: "too few files".to_owned(), ..v1::WorkersStatus::default() };
+    let text = printed(|output| {
+        render::workers::status(output, &trouble).expect("printed");
+    });
+    assert!(text.starts_with("too few files\nno workers: "), "{text}");
+    let json = printed_as(Format::Json, |output| {
+        render::workers::status(output, &workers()).expect("printed");
+    });
+    let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    assert_eq!(json["workers"][1]["state"], "ASLEEP");
+    assert_eq!(json["workers"][1]["queues"][0]["load"], 0.125);
+    assert_eq!(json["workers"][0]["queues"][0]["pin"], 9);
+    assert!(json["workers"][1]["queues"][0].get("pin").is_none_or(serde_json::Value::is_null));
+}
+
+#[tokio::test]
+async fn workers_are_asked_for_and_set_over_the_api() {
+    let bench = Bench::start().await;
+    let (text, well) = sluice(&bench, "workers").await.expect("listed");
+    assert!(well && text.starts_with("no workers"), "{text}");
+    let (text, _) = sluice(&bench, "workers cores auto -o json").await.expect("set");
+    let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(json["allowedCores"], serde_json::json!([]), "the fake has none");
+    for (line, code) in [
+        ("workers cores 4000", 1),
+        ("workers move vnic/x 0 1", 1),
+        ("workers auto vnic/x", 1),
+        ("workers cores 3-1", 2),
+        ("workers move vnic/x -- -1 1", 2),
+    ] {
+        let error = sluice(&bench, line).await.expect_err("it is refused");
+        assert_eq!(error.exit_code(), code, "{line}: {error}");
+    }
 }

@@ -1,6 +1,9 @@
 //! The userspace engine's workers: what they do, and what somebody wants of them. That is kept with the desired state, so
 //! that a restarted daemon has it too.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 

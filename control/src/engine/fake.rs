@@ -12,8 +12,9 @@ use sluice_pipeline::DropReason;
 use sluice_pipeline::tables::{PortStats, RuleStats, port_flag};
 use sluice_policy::image::{Binding, Image};
 use sluice_policy::lower::PortSpec;
+use sluice_user::workers::{Move, WorkerId, WorkersError};
 
-use super::{Adoption, DataPlane, Wake};
+use super::{Adoption, DataPlane, UserError, Wake, WorkersPlan, WorkersView};
 use crate::trace::LiveTrace;
 
 /// What the fake saw, and what it is to do.
@@ -35,6 +36,14 @@ pub(crate) struct World {
     pub(crate) xdp: BTreeSet<String>,
     /// Tables were found at the start.
     pub(crate) found_tables: bool,
+    /// What is wanted of workers.
+    pub(crate) plan: WorkersPlan,
+    /// What workers do.
+    pub(crate) workers: WorkersView,
+    /// Workers do not do as they are told.
+    pub(crate) is_stubborn: bool,
+    /// Moves that the next look at loads leads to.
+    pub(crate) moves: Vec<Move>,
 }
 
 /// The fake. Clones share one world.
@@ -145,6 +154,23 @@ impl DataPlane for FakeEngine {
 
     fn trace(&self, _ingress: u32, _frame: &[u8]) -> LiveTrace {
         LiveTrace::default()
+    }
+
+    fn set_workers(&mut self, plan: &WorkersPlan) -> Result<(), UserError> {
+        let mut world = self.world();
+        if world.is_stubborn && world.plan != *plan {
+            return Err(WorkersError::Died(WorkerId(1)).into());
+        }
+        world.plan = plan.clone();
+        Ok(())
+    }
+
+    fn workers(&self) -> WorkersView {
+        self.world().workers.clone()
+    }
+
+    fn balance_workers(&mut self) -> Result<Vec<Move>, UserError> {
+        Ok(std::mem::take(&mut self.world().moves))
     }
 
     fn watch(&mut self, _wake: Wake) {}

@@ -9,6 +9,7 @@ use sluice_policy::lower;
 use sluice_user::frame::Pool;
 use sluice_user::port::Batch;
 use sluice_user::vhost::{QueueError, QueueStatus};
+use sluice_user::workers::{WorkerId, WorkerStatus};
 use tempfile::TempDir;
 
 use super::*;
@@ -153,4 +154,41 @@ fn stops_and_refused_requests_are_in_the_notes_of_a_port_that_runs() {
     let has = |what: &str| notes.iter().any(|note| note.contains(what));
     assert!(has("driver did: 2") && has("VMM refused: 5") && has("queue 1 is stopped"), "{notes:?}");
     assert!(has("1 queues run"), "{notes:?}");
+}
+
+#[test]
+fn workers_run_where_they_are_wanted_and_serve_what_is_pinned_to_them() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = image(&socket(&folder), 3);
+    let (&id, _) = image.ports.iter().find(|(_, port)| port.name == "vnic/vm1").expect("it has a number");
+    let mut engine = UserEngine::default();
+    let allowed = engine.workers().allowed;
+    let [one, two] = allowed[..2] else { panic!("two cores") };
+    let pin = |queue, core| (QueueId { port: id, queue }, WorkerId(core));
+    let plan = |cores: &[usize], pins: &[(QueueId, WorkerId)]| WorkersPlan {
+        cores: cores.iter().copied().collect(),
+        pins: pins.iter().copied().collect(),
+    };
+    let places = |engine: &UserEngine| -> Vec<(usize, Vec<u16>)> {
+        let workers = engine.workers().workers;
+        let queues = |worker: &WorkerStatus| worker.queues.iter().map(|status| status.queue.queue).collect();
+        workers.iter().map(|worker| (worker.worker.0, queues(worker))).collect()
+    };
+    // Before there is anything to serve, a wish.
+    engine.set_workers(&plan(&[one, two], &[pin(1, two), pin(2, two)])).expect("it is but noted");
+    assert_eq!(places(&engine), []);
+    engine.sync(&image);
+    assert_eq!(places(&engine), [(one, vec![0]), (two, vec![1, 2])]);
+    engine.set_workers(&plan(&[one, two], &[pin(0, two), pin(1, one)])).expect("they move");
+    assert_eq!(places(&engine), [(one, vec![1]), (two, vec![0, 2])]);
+    engine.set_workers(&plan(&[two], &[])).expect("they move");
+    assert_eq!(places(&engine), [(two, vec![0, 1, 2])]);
+    engine.set_workers(&plan(&[one, two, 4000], &[])).expect("what there is of them");
+    assert_eq!(places(&engine).len(), 2);
+    let trouble = engine.workers().trouble.expect("and what not");
+    assert!(trouble.contains("core 4000"), "{trouble}");
+    engine.set_workers(&WorkersPlan::default()).expect("our choice");
+    assert_eq!(places(&engine).len(), (allowed.len() / 4).clamp(1, 3));
+    assert_eq!(engine.workers().trouble, None);
+    assert_eq!(engine.balance_workers().expect("nothing to be done"), []);
 }
