@@ -88,6 +88,22 @@ pub fn udp4(
     ethernet(destination, source, &[], ETHERTYPE_IPV4, &ipv4(addresses, 17, &datagram))
 }
 
+/// An untagged frame with IPv4 and TCP: a segment with ACK set, whose checksum is left out.
+pub fn tcp4(
+    destination: Mac,
+    source: Mac,
+    addresses: (Ipv4Addr, Ipv4Addr),
+    ports: (u16, u16),
+    payload: &[u8],
+) -> Vec<u8> {
+    let mut segment = Vec::new();
+    segment.extend(ports.0.to_be_bytes());
+    segment.extend(ports.1.to_be_bytes());
+    segment.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0x10, 0, 0, 0, 0, 0]);
+    segment.extend(payload);
+    ethernet(destination, source, &[], ETHERTYPE_IPV4, &ipv4(addresses, 6, &segment))
+}
+
 /// An untagged frame with an ICMP echo request.
 pub fn echo_request(
     destination: Mac,
@@ -114,6 +130,15 @@ fn ipv4(addresses: (Ipv4Addr, Ipv4Addr), protocol: u8, payload: &[u8]) -> Vec<u8
     header[10..12].copy_from_slice(&sum.to_be_bytes());
     header.extend(payload);
     header
+}
+
+/// Whether the checksum of TCP or UDP in an untagged frame with IPv4 is right.
+pub fn is_sum_right(frame: &[u8]) -> bool {
+    let Some(packet) = frame.get(14..).filter(|packet| packet.len() >= 40) else { return false };
+    let end = usize::from(u16::from_be_bytes([packet[2], packet[3]]));
+    let Some(segment) = packet.get(20..end) else { return false };
+    let length = (segment.len() as u16).to_be_bytes();
+    checksum(&[&packet[12..20], &[0, packet[9]], &length, segment].concat()) == 0
 }
 
 /// The Internet checksum (RFC 1071).
@@ -190,5 +215,6 @@ mod tests {
     fn an_ipv4_header_sums_to_zero() {
         let frame = udp4(mac(1), mac(2), ([10, 0, 0, 1].into(), [10, 0, 0, 2].into()), (1, 2), b"odd");
         assert_eq!(checksum(&frame[14..34]), 0);
+        assert!(!is_sum_right(&frame) && !is_sum_right(&frame[..20]));
     }
 }
