@@ -83,8 +83,8 @@ impl Processor {
     /// nanoseconds of the monotonic clock, the same for all processors of the engine.
     ///
     /// They leave by the same transmit queue of a port whichever processor sends them, so none is overtaken when their queue
-    /// changes workers: by that of the same number, as guests expect of answers, or, if the port has but one queue, by one
-    /// that the port's number chooses.
+    /// changes workers: by that of the same number, as guests expect of answers; or, if the port they came from has but one
+    /// way out itself, by as many further as its number says, so that not all such ports use the same.
     pub fn process_queue(&mut self, ingress: u32, queue: u16, batch: &mut Batch, now: u64) {
         let Processor { shared, tables, counters, own, pool, outgoing, copies } = self;
         let tables: &Tables = tables.get_or_insert_with(|| Cache::new(Arc::clone(&shared.published))).load();
@@ -122,7 +122,8 @@ impl Processor {
         }
         let has_more = |egress: &Arc<Egress>| egress.count() > 1;
         let is_one_of_many = tables.port(ingress).and_then(|port| port.egress.as_ref()).is_some_and(has_more);
-        let lane = if is_one_of_many { usize::from(queue) } else { ingress as usize };
+        let first = if is_one_of_many { 0 } else { ingress as usize };
+        let lane = first + usize::from(queue);
         outgoing.send(lane, tables, pool, counters);
     }
 }
