@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use sluice_eswitch::chaos::{Chaos, Faults};
-use sluice_eswitch::contract::{ErrorClass, Eswitch, Observed, VfIndex};
+use sluice_eswitch::contract::{Enforced, ErrorClass, Eswitch, Observed, VfIndex};
 use sluice_eswitch::lifecycle::allocate::{Candidate, Hysteresis, allocate};
 use sluice_eswitch::lifecycle::execute::{check, execute};
 use sluice_eswitch::lifecycle::{Action, Cause, Command, Event, Lifecycle, Path, Timing, answer};
@@ -16,7 +16,7 @@ use sluice_eswitch::soft::{Flaws, Soft};
 use sluice_policy::config::{Attachment, Config, Hook, Policy, Switch, Uplink, VlanMode, Vnic};
 use sluice_policy::generate::Rng;
 use sluice_policy::net::{MacAddr, VlanId};
-use sluice_policy::placement::{Capabilities, Evidence, Neighbours, Program, place};
+use sluice_policy::placement::{Capabilities, Evidence, Neighbours, Program, VfSettings, place};
 
 const VFS: u16 = 3;
 const VNICS: usize = 5;
@@ -470,8 +470,9 @@ fn believe(nic: &Chaos<Soft>, action: &Action) {
     match action {
         Action::Close(vf) => assert!(!truth(vf).enabled, "{vf} is said to be closed"),
         Action::Clean(vf) => {
-            let is_clean = nic.inner().is_pristine(*vf) || nic.touched(*vf).is_some();
-            assert!(is_clean && !truth(vf).enabled, "{vf} is said to be clean");
+            let truth = truth(vf);
+            let is_clean = is_empty(&truth.enforced) || nic.touched(*vf).is_some();
+            assert!(is_clean && !truth.enabled, "{vf} is said to be clean, and is {truth:?}");
         }
         Action::Program { vf, program, .. } | Action::Open { vf, program } => {
             let is_held = truth(vf).differences(program).is_empty() || nic.touched(*vf).is_some();
@@ -480,6 +481,19 @@ fn believe(nic: &Chaos<Soft>, action: &Action) {
             assert!(truth(vf).enabled == is_open || nic.touched(*vf).is_some(), "{vf} after {action:?}");
         }
         Action::Plug(_) | Action::UseHardware(_) | Action::UseSoftware | Action::Unplug { .. } => {}
+    }
+}
+
+/// Nothing is left in it that lets a frame pass: spoof checking only forbids, and an address alone is nothing in a closed
+/// VF. New VFs of some drivers have either.
+fn is_empty(enforced: &Enforced) -> bool {
+    match enforced {
+        Enforced::Legacy(settings) => {
+            let VfSettings { mac: _, spoofchk: _, vlan, trust, min_rate_mbps, max_rate_mbps, query_rss } =
+                *settings;
+            vlan.is_none() && !trust && (min_rate_mbps, max_rate_mbps) == (0, 0) && !query_rss
+        }
+        Enforced::Switchdev { program, .. } => program.rules().is_empty(),
     }
 }
 
@@ -519,8 +533,13 @@ fn no_vf_is_ever_open_with_less_than_its_policy_and_all_settles() {
     eprintln!(
         "{faults} faults, {failures} failed commands, {in_hardware} times in hardware, {drifts} drifts, {forced} cut off"
     );
-    // The faults must have met something.
+    // The faults must have met something; one sequence that is replayed need not.
     assert!(
-        faults > cases * 10 && failures > cases && in_hardware > cases && drifts > cases / 10 && forced > 0
+        cases < 1_000
+            || faults > cases * 10
+                && failures > cases
+                && in_hardware > cases
+                && drifts > cases / 10
+                && forced > 0
     );
 }
