@@ -129,6 +129,12 @@ pub trait Receive: Send + fmt::Debug {
     /// change while the queue is placed on a worker.
     fn event(&self) -> Option<BorrowedFd<'_>>;
 
+    /// Whether the worker has to look for what arrives, now: nothing will become readable. It may change while the queue is
+    /// placed.
+    fn is_polled(&self) -> bool {
+        self.event().is_none()
+    }
+
     /// Before the worker sleeps: asks to be notified. `false` if something has arrived already, and the worker goes on.
     fn arm(&mut self) -> bool;
 

@@ -312,12 +312,12 @@ impl Queue {
 
     /// Asks the guest for kicks; `false` if something is there already.
     pub(super) fn arm(&mut self) -> bool {
-        match (&mut self.live, &self.kick) {
-            // A guest that does not kick has to be polled.
-            (Some(_), Some(Kick::Polled)) => false,
-            (Some(live), _) => live.arm(),
-            (None, _) => true,
-        }
+        self.live.as_mut().is_none_or(|live| live.arm())
+    }
+
+    /// Whether the guest does not kick, so that somebody has to look.
+    pub(super) fn is_polled(&self) -> bool {
+        self.live.is_some() && matches!(self.kick, Some(Kick::Polled))
     }
 
     /// Asks the guest for no kicks, and forgets those that came.

@@ -64,6 +64,11 @@ impl Receive for FromGuest {
         Some(self.slot().event.as_fd())
     }
 
+    fn is_polled(&self) -> bool {
+        // Whoever has it locked may be about to change that.
+        self.slot().queue.try_lock().is_none_or(|queue| queue.is_polled())
+    }
+
     fn arm(&mut self) -> bool {
         self.slot().queue.try_lock().is_some_and(|mut queue| queue.arm())
     }

@@ -339,6 +339,53 @@ fn idle_workers_sleep_and_wake_for_a_frame() {
     }
 }
 
+/// A queue that rings for nobody.
+#[derive(Debug)]
+struct Mute(crate::memory::MemoryReceive);
+
+impl Receive for Mute {
+    fn receive(&mut self, pool: &mut Pool, batch: &mut Batch) {
+        self.0.receive(pool, batch);
+    }
+
+    fn event(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
+
+    fn arm(&mut self) -> bool {
+        true
+    }
+
+    fn disarm(&mut self) {}
+}
+
+#[test]
+fn a_queue_that_rings_for_nobody_is_looked_at_once_in_a_while() {
+    let Setting { region, workers, ports, mut ends, .. } = Setting::new([0, 1]);
+    let (near, mut far) = link(8, [Accepts::ALL; 2]).expect("a link");
+    let queue = QueueId { port: ports[0], queue: 0 };
+    let one = ids()[0];
+    workers.place(queue, Box::new(Mute(near.receive)), one).expect("it is taken");
+    until("sleep", || workers.status()[0].is_asleep);
+    let (mut pool, mut batch) = (Pool::new(&region), Batch::new());
+    for _ in 0..10 {
+        batch.push(pool.copy(&plain(mac(2), mac(1))).expect("memory"));
+        far.transmit.transmit(&mut pool, &mut batch);
+        until("delivery", || {
+            ends[1][0].receive.receive(&mut pool, &mut batch);
+            !batch.is_empty()
+        });
+        batch.give(&mut pool);
+    }
+    // Once for each time that it wakes, and not for a while after.
+    until("sleep", || workers.status()[0].is_asleep);
+    let before = workers.status()[0].clone();
+    until("naps", || workers.status()[0].wakeups > before.wakeups + 100);
+    let after = &workers.status()[0];
+    let (polls, wakeups) = (after.polls - before.polls, after.wakeups - before.wakeups);
+    assert!(polls <= 2 * wakeups, "{polls} looks in {wakeups} naps");
+}
+
 #[test]
 fn a_sleeping_worker_holds_on_to_no_detached_port() {
     let Setting { engine, region, workers, ports, mut ends } = Setting::new([1, 1]);

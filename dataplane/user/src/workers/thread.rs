@@ -258,9 +258,10 @@ impl Worker {
             }
             time = now();
             if time.saturating_sub(last_busy) >= spin {
-                self.sleep(time);
+                let is_nap = self.sleep(time);
                 time = now();
-                last_busy = time;
+                // After a nap one look is enough.
+                last_busy = if is_nap { time.saturating_sub(spin) } else { time };
             } else {
                 self.processor.idle();
                 std::hint::spin_loop();
@@ -291,15 +292,16 @@ impl Worker {
         worked
     }
 
-    /// Sleeps until a queue or the mailbox rings, unless there is something already. `time` is now.
-    fn sleep(&mut self, time: u64) {
-        let mut must_look = false;
+    /// Sleeps until a queue or the mailbox rings, unless there is something already. `time` is now. Says whether it slept until it was
+    /// time to look at queues that ring for nobody.
+    fn sleep(&mut self, time: u64) -> bool {
+        let (mut must_look, mut is_nap) = (false, false);
         let mut armed = 0;
         for served in &mut self.queues {
             if !served.receive.arm() {
                 break;
             }
-            must_look |= served.receive.event().is_none();
+            must_look |= served.receive.is_polled();
             armed += 1;
         }
         if armed == self.queues.len() {
@@ -308,7 +310,7 @@ impl Worker {
             let timeout = if must_look { nap } else { EpollTimeout::NONE };
             self.counters.asleep_since.store(time, Ordering::Relaxed);
             // An interruption is as good as a ring.
-            let _ = self.epoll.wait(&mut [EpollEvent::empty()], timeout);
+            is_nap = self.epoll.wait(&mut [EpollEvent::empty()], timeout) == Ok(0);
             self.counters.asleep_since.store(0, Ordering::Relaxed);
             add(&self.counters.asleep, now().saturating_sub(time));
             add(&self.counters.wakeups, 1);
@@ -316,6 +318,7 @@ impl Worker {
         for served in &mut self.queues[..armed] {
             served.receive.disarm();
         }
+        is_nap
     }
 
     /// Carries commands out; `false` if one was to end.
