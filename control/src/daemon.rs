@@ -6,7 +6,7 @@ mod paths;
 mod privileges;
 
 use std::io::{self, IsTerminal};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -14,14 +14,17 @@ use std::time::Duration;
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sluice_kernel::{Engine, EngineError, EngineOptions, LinkMonitor};
+use sluice_policy::config::{Attachment, VhostMode, Vnic};
+use sluice_user::vhost::port::remove_dead_socket;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::convert::Spec;
 use crate::core::{Core, View};
 use crate::engine::{JointEngine, KernelEngine, UserEngine};
 use crate::reconcile::{self, Handle, StartError};
 use crate::server::{self, Api, Identity, ServeError, SocketError};
-use crate::store::{Store, StoreError};
+use crate::store::{State, Store, StoreError};
 use crate::vf::fleet::Equipment;
 
 pub use paths::{Paths, PathsError};
@@ -225,15 +228,31 @@ async fn ended(view: &mut watch::Receiver<Arc<View>>) {
     while view.changed().await.is_ok() {}
 }
 
-/// Removes programs, links, maps and the runtime directory of the instance.
+/// Removes programs, links, maps, sockets of guests and the runtime directory of the instance.
 fn purge(paths: &Paths) -> Result<(), DaemonError> {
     // Holds the locks until everything is removed.
-    let (_store, _state, _origin) = Store::open(&paths.state_dir, &paths.runtime_dir)?;
+    let (_store, state, _origin) = Store::open(&paths.state_dir, &paths.runtime_dir)?;
     let (engine, _) = Engine::open(&EngineOptions { pin_dir: paths.pin_dir.clone() })?;
     engine.detach_all()?;
+    for path in server_sockets(&state) {
+        // A daemon that was killed leaves them; of one that is not ours, somebody listens there.
+        if let Err(error) = remove_dead_socket(path) {
+            tracing::warn!("leaving {} where it is: {error}", path.display());
+        }
+    }
     std::fs::remove_dir_all(&paths.runtime_dir).map_err(io_error("removing the runtime directory"))?;
     tracing::info!("detached everything and removed {}", paths.pin_dir.display());
     Ok(())
+}
+
+/// Where the daemon listens for VMMs.
+fn server_sockets(state: &State) -> impl Iterator<Item = &Path> {
+    state.resources.values().filter_map(|entry| match entry.spec.as_ref() {
+        Spec::Vnic(Vnic { attach: Attachment::VhostUser(rings), .. }) if rings.mode == VhostMode::Server => {
+            Some(Path::new(&rings.path))
+        }
+        Spec::Vnic(_) | Spec::Switch(_) | Spec::AclGroup(_) => None,
+    })
 }
 
 #[cfg(test)]

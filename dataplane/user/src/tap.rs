@@ -34,6 +34,15 @@ pub enum TapError {
         /// The kernel's error.
         source: io::Error,
     },
+    /// There is one of that name.
+    #[error(
+        "the interface {name} is there already: another sluiced in this network namespace has a switch of the same name; \
+         rename one of the switches, or give each daemon a namespace of its own"
+    )]
+    Taken {
+        /// Its name.
+        name: String,
+    },
     /// The kernel refused to keep it from speaking itself, or to set it up.
     #[error("setting the tap {name} up: {source}")]
     SetUp {
@@ -78,7 +87,10 @@ impl Tap {
     /// # Errors
     /// If the kernel refuses, or there is such an interface already.
     pub fn open(name: &str) -> Result<Tap, TapError> {
-        let make = |source| TapError::Make { name: name.to_owned(), source };
+        let make = |source: io::Error| match source.kind() {
+            io::ErrorKind::ResourceBusy => TapError::Taken { name: name.to_owned() },
+            _ => TapError::Make { name: name.to_owned(), source },
+        };
         let set_up = |source| TapError::SetUp { name: name.to_owned(), source };
         let file = sys::make(name, MAX_HEADER).map_err(make)?;
         // With IPv6 the kernel would introduce itself to the VMs.
