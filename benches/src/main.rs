@@ -1,50 +1,50 @@
-//! Side-by-side throughput: Sluice and a Linux bridge between the same two guests, in one run on one machine.
+//! Side-by-side throughput: Sluice and its peers, in one run on one machine.
 //!
-//! Run it as `cargo xtask bench`, which builds what it needs. Each set-up has namespaces of its own for the host and
-//! for two guests, wired by veth pairs ([`world`]); they differ in what forwards between the host's ends ([`switch`]).
-//! Rounds are interleaved, so that what disturbs the machine disturbs every set-up; ratios are medians over
-//! pairs of measurements of the same round.
-//!
-//! **What is measured** ([`measure`]). *Small frames*: the kernel runs a program on live frames in the first guest, as
-//! fast as it can; every frame that reaches the second guest is counted and dropped there. *TCP*: iperf3, one stream.
-//! *Round trip*: one byte there and back over TCP. All of it happens on one CPU each time, so every figure is what one
-//! CPU achieves, with what the two ends cost included (the rows `bare` show how much that is of small frames), and does
-//! not hang on where the scheduler puts things.
-//!
-//! **What is kept equal.** All set-ups of a comparison have the same generator and the same sink. Frames that are
-//! redirected from XDP to XDP never become socket buffers, so XDP has an XDP sink, and is compared with a bridge that
-//! has one; everything else has a sink on TCX. The bridge is spared netfilter, which would halve it. Sluice's vNICs
-//! have the guards that a real one has: MAC, IP, DHCP and RA guard.
+//! Run it as `cargo xtask bench`, which builds and fetches what it needs. [`kernel`] compares the kernel engine with a Linux
+//! bridge, [`user`] the userspace engine with Open vSwitch's and with DPDK's testpmd. Rounds are interleaved, so that what disturbs
+//! the machine disturbs every set-up; ratios are medians over pairs of measurements of the same round.
 
 #![deny(unsafe_code)]
 // The result is what this program is for.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod bpf;
+mod kernel;
 mod measure;
+mod priority;
 mod programs;
 mod report;
 mod rules;
 mod switch;
+mod user;
 mod world;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 
-use report::{Report, Row};
-use switch::{Bed, SETUPS, Setup};
+use priority::Priority;
 
-/// TCP streams of a set-up in one round.
-const STREAMS: usize = 3;
+/// What is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Lane {
+    /// The kernel engine and a Linux bridge, between veth guests.
+    Kernel,
+    /// The userspace engine, OVS-DPDK and testpmd, between guests' rings.
+    Vhost,
+    /// The userspace engine, OVS and testpmd, on AF_XDP between veth guests.
+    Xdp,
+}
 
-/// Compare Sluice with a Linux bridge.
+/// Compare Sluice with its peers.
 #[derive(Parser)]
 #[command(name = "cargo xtask bench", bin_name = "cargo xtask bench")]
 struct Arguments {
+    /// What to compare; everything unless given.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    lane: Vec<Lane>,
     /// Rounds; each measures every set-up.
     #[arg(long, default_value_t = 3)]
     rounds: u32,
@@ -57,7 +57,7 @@ struct Arguments {
     /// Seconds per TCP stream; 0 leaves TCP out.
     #[arg(long, default_value_t = 1)]
     tcp_seconds: u32,
-    /// Set-ups to measure, by name; all unless given.
+    /// Set-ups to measure, by name; all of the lanes unless given.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Fail if a goal is missed.
@@ -68,44 +68,57 @@ struct Arguments {
     out: PathBuf,
 }
 
+impl Arguments {
+    fn has(&self, lane: Lane) -> bool {
+        self.lane.is_empty() || self.lane.contains(&lane)
+    }
+
+    fn has_setup(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| only == name)
+    }
+}
+
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     ensure!(nix::unistd::geteuid().is_root(), "the bench makes network namespaces: run it as root");
-    let setups = chosen(&arguments.only)?;
+    let kernel: Vec<&'static switch::Setup> = switch::SETUPS
+        .iter()
+        .filter(|setup| arguments.has(Lane::Kernel) && arguments.has_setup(setup.name))
+        .collect();
+    let user: Vec<&'static user::Setup> = user::SETUPS
+        .iter()
+        .filter(|setup| arguments.has(setup.lane.into()) && arguments.has_setup(setup.name))
+        .collect();
+    known(&arguments.only)?;
+    ensure!(!kernel.is_empty() || !user.is_empty(), "the lanes have none of these set-ups");
     let _alone = alone(&arguments.out)?;
-    go_first();
+    let _first = Priority::raise();
     sluice_tests::lab::sweep()?;
 
-    let mut beds = Vec::with_capacity(setups.len());
-    for setup in setups {
-        beds.push(Bed::new(setup)?);
+    let mut meets_goals = true;
+    if !user.is_empty() {
+        let Arguments { rounds, seconds, flows, .. } = arguments;
+        let report = user::measure(&user, &user::Options { rounds, seconds, flows })?;
+        print!("{report}");
+        println!("results: {}\n", report::save(&report, "user", &arguments.out)?.display());
+        meets_goals &= report.meets_goals();
     }
-    let mut report = Report::new(beds.iter().map(|bed| bed.setup), arguments.flows)?;
-    for round in 1..=arguments.rounds {
-        eprintln!("round {round} of {}", arguments.rounds);
-        for bed in &beds {
-            small_frames(&arguments, bed, report.row(bed.setup.name))?;
-        }
-        for bed in beds.iter().filter(|bed| bed.setup.has_tcp).cycle().take(streams(&beds)) {
-            tcp(&arguments, bed, report.row(bed.setup.name))?;
-        }
+    if !kernel.is_empty() {
+        let report = kernel::measure(&arguments, &kernel)?;
+        print!("{report}");
+        println!("results: {}", report::save(&report, "latest", &arguments.out)?.display());
+        meets_goals &= report.meets_goals();
     }
-    for bed in beds {
-        bed.take_down()?;
-    }
-    report.finish()?;
-    print!("{report}");
-    println!("results: {}", report.save(&arguments.out)?.display());
-    ensure!(!arguments.check || report.meets_goals(), "a goal is missed");
+    ensure!(!arguments.check || meets_goals, "a goal is missed");
     Ok(())
 }
 
-/// Goes before everything else that runs on the machine, as far as the scheduler allows; children inherit it.
-fn go_first() {
-    let process = std::process::id().to_string();
-    let outcome = Command::new("renice").args(["-n", "-20", "-p", &process]).stdout(Stdio::null()).status();
-    if !outcome.is_ok_and(|status| status.success()) {
-        eprintln!("cannot raise the priority: whatever else runs here will show in the figures");
+impl From<user::report::Lane> for Lane {
+    fn from(lane: user::report::Lane) -> Lane {
+        match lane {
+            user::report::Lane::Vhost => Lane::Vhost,
+            user::report::Lane::Xdp => Lane::Xdp,
+        }
     }
 }
 
@@ -119,47 +132,16 @@ fn alone(folder: &Path) -> Result<File> {
     Ok(file)
 }
 
-fn chosen(names: &[String]) -> Result<Vec<&'static Setup>> {
+/// Refuses names that no set-up has.
+fn known(names: &[String]) -> Result<()> {
+    let known = switch::SETUPS.iter().map(|setup| setup.name);
+    let known: Vec<&str> = known.chain(user::SETUPS.iter().map(|setup| setup.name)).collect();
     for name in names {
-        let known: Vec<&str> = SETUPS.iter().map(|setup| setup.name).collect();
         ensure!(
             known.contains(&name.as_str()),
             "no set-up is called `{name}`; there are: {}",
             known.join(", ")
         );
     }
-    Ok(SETUPS
-        .iter()
-        .filter(|setup| names.is_empty() || names.iter().any(|name| name == setup.name))
-        .collect())
-}
-
-/// How many streams a round has: they vary more than the rest.
-fn streams(beds: &[Bed]) -> usize {
-    STREAMS * beds.iter().filter(|bed| bed.setup.has_tcp).count()
-}
-
-fn small_frames(arguments: &Arguments, bed: &Bed, row: &mut Row) -> Result<()> {
-    let Setup { name, sink, .. } = bed.setup;
-    let measure = |flows| {
-        measure::rate(&bed.world, *sink, flows, arguments.seconds)
-            .with_context(|| format!("measuring {name}"))
-    };
-    row.one_flow.add(measure(1)?);
-    if bed.setup.is_sluice() {
-        row.many_flows.add(measure(arguments.flows)?);
-    }
     Ok(())
-}
-
-fn tcp(arguments: &Arguments, bed: &Bed, row: &mut Row) -> Result<()> {
-    if arguments.tcp_seconds == 0 {
-        return Ok(());
-    }
-    let mut measure = || -> Result<()> {
-        row.tcp.add(measure::tcp(&bed.world, arguments.tcp_seconds)?);
-        row.round_trip_us.push(measure::round_trip(&bed.world)?);
-        Ok(())
-    };
-    measure().with_context(|| format!("measuring TCP of {}", bed.setup.name))
 }

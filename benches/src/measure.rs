@@ -20,7 +20,7 @@ const BATCH: u32 = 64;
 /// Frames of the trial run, which also warms caches up.
 const TRIAL: u32 = 500_000;
 /// Bytes of a generated frame: 64 with the frame check sequence that a wire would add.
-const FRAME: usize = 60;
+pub(crate) const FRAME: usize = 60;
 
 /// Round trips of one measurement.
 const ROUND_TRIPS: usize = 10_000;
@@ -36,13 +36,14 @@ pub(crate) struct Rate {
     pub(crate) delivered: f64,
 }
 
-/// Sends minimal frames of `flows` flows from the first guest to the second for about `seconds`.
-pub(crate) fn rate(world: &World, kind: Kind, flows: u16, seconds: f64) -> Result<Rate> {
+/// Sends minimal frames of `flows` flows from the first guest to the second for about `seconds`, from one CPU.
+pub(crate) fn rate(world: &World, kind: Kind, flows: u16, seconds: f64, cpu: usize) -> Result<Rate> {
     let sink = world.sink(kind)?;
     world.accept_generated(true)?;
     let frame = frame(world);
     let outcome = world.guests[0].netns.enter(|| {
-        let clock = CpuClock::new(pin_to_last_cpu()?);
+        pin_to(cpu)?;
+        let clock = CpuClock::new(cpu);
         let ifindex = nix::net::if_::if_nametoindex(INTERFACE).context("the guest's interface")?;
         let random = Word::new(1)?;
         let generator = programs::generator(flows, &random)?;
@@ -75,17 +76,16 @@ fn frame(world: &World) -> Vec<u8> {
     sluice_tests::wire::udp4(b.mac, a.mac, (a.ip, b.ip), (programs::FIRST_SOURCE_PORT, 9000), &payload)
 }
 
-fn last_cpu() -> Result<usize> {
+/// The CPU on which everything is measured that is measured on one.
+pub(crate) fn last_cpu() -> Result<usize> {
     Ok(std::thread::available_parallelism()?.get() - 1)
 }
 
-/// Keeps this thread, and the packets that it sends all the way to where they end, on one CPU.
-fn pin_to_last_cpu() -> Result<usize> {
-    let last = last_cpu()?;
+/// Keeps this thread, and the packets that it sends all the way to where they end or change hands, on one CPU.
+fn pin_to(cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
-    set.set(last)?;
-    sched_setaffinity(Pid::from_raw(0), &set).context("pinning a thread")?;
-    Ok(last)
+    set.set(cpu)?;
+    sched_setaffinity(Pid::from_raw(0), &set).context("pinning a thread")
 }
 
 /// CPU time of this thread and of the softirq thread of its CPU.
@@ -158,7 +158,7 @@ pub(crate) fn round_trip(world: &World) -> Result<f64> {
     let address: SocketAddr = listener.local_addr()?;
     std::thread::scope(|scope| {
         let echo = scope.spawn(move || -> Result<()> {
-            pin_to_last_cpu()?;
+            pin_to(last_cpu()?)?;
             let (mut stream, _) = listener.accept()?;
             stream.set_nodelay(true)?;
             let mut byte = [0];
@@ -168,7 +168,7 @@ pub(crate) fn round_trip(world: &World) -> Result<f64> {
             Ok(())
         });
         let mut times = a.netns.enter(|| {
-            pin_to_last_cpu()?;
+            pin_to(last_cpu()?)?;
             let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(10))?;
             stream.set_nodelay(true)?;
             let mut times = Vec::with_capacity(ROUND_TRIPS);

@@ -62,22 +62,78 @@ pub(crate) struct Row {
 
 /// A promise and what became of it.
 #[derive(Clone, Debug, Serialize)]
-struct Goal {
+pub(crate) struct Goal {
     what: &'static str,
     at_least: f64,
     measured: f64,
 }
 
-/// All of it.
-#[derive(Debug, Serialize)]
-pub(crate) struct Report {
+impl Goal {
+    /// Goals of those promises whose figure was measured.
+    pub(crate) fn measured<const N: usize>(promises: [(&'static str, f64, Option<f64>); N]) -> Vec<Goal> {
+        let goal = |(what, at_least, measured): (_, _, Option<f64>)| {
+            Some(Goal { what, at_least, measured: measured? })
+        };
+        promises.into_iter().filter_map(goal).collect()
+    }
+
+    /// Whether it is kept.
+    pub(crate) fn is_met(&self) -> bool {
+        self.measured >= self.at_least
+    }
+}
+
+impl fmt::Display for Goal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = if self.is_met() { "met   " } else { "MISSED" };
+        write!(f, "{verdict} {:5.2} (goal ≥ {:.2})  {}", self.measured, self.at_least, self.what)
+    }
+}
+
+/// Where it was measured.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Machine {
     kernel: String,
     cpu: String,
     cpus: usize,
-    /// How many flows are many.
-    flows: u16,
     /// `/proc/loadavg` before and after: others on the machine disturb the rates, less so the CPU times.
     load: [String; 2],
+}
+
+impl Machine {
+    /// To be called before the first sample.
+    pub(crate) fn now() -> Result<Machine> {
+        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").context("reading the CPU's name")?;
+        let cpu = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+        Ok(Machine {
+            kernel: line("/proc/sys/kernel/osrelease")?,
+            cpu: cpu.map_or_else(String::new, |(_, name)| name.to_owned()),
+            cpus: std::thread::available_parallelism()?.get(),
+            load: [line("/proc/loadavg")?, String::new()],
+        })
+    }
+
+    /// To be called after the last sample.
+    pub(crate) fn finish(&mut self) -> Result<()> {
+        self.load[1] = line("/proc/loadavg")?;
+        Ok(())
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} × {}, Linux {}", self.cpus, self.cpu, self.kernel)?;
+        writeln!(f, "load average before: {}; after: {}", self.load[0], self.load[1])
+    }
+}
+
+/// All of it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    #[serde(flatten)]
+    machine: Machine,
+    /// How many flows are many.
+    flows: u16,
     setups: BTreeMap<&'static str, Row>,
     goals: Vec<Goal>,
     #[serde(skip)]
@@ -86,15 +142,10 @@ pub(crate) struct Report {
 
 impl Report {
     pub(crate) fn new(setups: impl Iterator<Item = &'static Setup>, flows: u16) -> Result<Report> {
-        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").context("reading the CPU's name")?;
-        let cpu = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
         let order: Vec<&'static Setup> = setups.collect();
         Ok(Report {
-            kernel: line("/proc/sys/kernel/osrelease")?,
-            cpu: cpu.map_or_else(String::new, |(_, name)| name.to_owned()),
+            machine: Machine::now()?,
             flows,
-            cpus: std::thread::available_parallelism()?.get(),
-            load: [line("/proc/loadavg")?, String::new()],
             setups: order.iter().map(|setup| (setup.name, Row::default())).collect(),
             goals: Vec::new(),
             order,
@@ -108,7 +159,7 @@ impl Report {
 
     /// To be called after the last sample.
     pub(crate) fn finish(&mut self) -> Result<()> {
-        self.load[1] = line("/proc/loadavg")?;
+        self.machine.finish()?;
         let small = |row: &Row| row.one_flow.cpu_s_per_mpkt.clone();
         // The promise is about a thousand.
         let counts = self.flows <= 1000;
@@ -129,10 +180,7 @@ impl Report {
             ("XDP with 1 000 rules, 1 flow: likewise", 0.8, self.ratio(XDP, XDP_RULES, small)),
             ("XDP with 1 000 rules, 1 000 flows: likewise", 0.8, self.ratio(XDP, XDP_RULES, many)),
         ];
-        self.goals = goals
-            .into_iter()
-            .filter_map(|(what, at_least, measured)| Some(Goal { what, at_least, measured: measured? }))
-            .collect();
+        self.goals = Goal::measured(goals);
         Ok(())
     }
 
@@ -146,19 +194,7 @@ impl Report {
 
     /// Whether every goal that was measured is met.
     pub(crate) fn meets_goals(&self) -> bool {
-        self.goals.iter().all(|goal| goal.measured >= goal.at_least)
-    }
-
-    /// Writes the JSON, once under its date and once as the latest, and returns where.
-    pub(crate) fn save(&self, folder: &Path) -> Result<PathBuf> {
-        std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-        let seconds = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
-        let text = serde_json::to_string_pretty(self)?;
-        let latest = folder.join("latest.json");
-        for file in [folder.join(format!("{seconds}.json")), latest.clone()] {
-            std::fs::write(&file, &text).with_context(|| format!("writing {}", file.display()))?;
-        }
-        Ok(latest.canonicalize().unwrap_or(latest))
+        self.goals.iter().all(Goal::is_met)
     }
 
     /// The bridge that has the same sink.
@@ -170,26 +206,37 @@ impl Report {
     }
 }
 
+/// Writes a report as JSON, once under its date and once as the latest of its kind, and returns where.
+pub(crate) fn save(report: &impl Serialize, kind: &str, folder: &Path) -> Result<PathBuf> {
+    std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    let text = serde_json::to_string_pretty(report)?;
+    let latest = folder.join(format!("{kind}.json"));
+    for file in [folder.join(format!("{kind}-{seconds}.json")), latest.clone()] {
+        std::fs::write(&file, &text).with_context(|| format!("writing {}", file.display()))?;
+    }
+    Ok(latest.canonicalize().unwrap_or(latest))
+}
+
 fn line(file: &str) -> Result<String> {
     Ok(std::fs::read_to_string(file).with_context(|| format!("reading {file}"))?.trim().to_owned())
 }
 
 /// A number in a column, or a dash.
-fn cell(value: Option<f64>, places: usize) -> String {
+pub(crate) fn cell(value: Option<f64>, places: usize) -> String {
     match value {
         Some(value) if value.is_finite() => format!("{value:.places$}"),
         _ => "-".to_owned(),
     }
 }
 
-fn middle(values: &[f64]) -> Option<f64> {
+pub(crate) fn middle(values: &[f64]) -> Option<f64> {
     (!values.is_empty()).then(|| median(&mut values.to_vec()))
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "\n{} × {}, Linux {}", self.cpus, self.cpu, self.kernel)?;
-        writeln!(f, "load average before: {}; after: {}\n", self.load[0], self.load[1])?;
+        writeln!(f, "\n{}", self.machine)?;
         writeln!(
             f,
             "{:<16}|{:>8} {:>8} {:>8} |{:>8} {:>8} |{:>8} {:>8} {:>8} |{:>8}",
@@ -232,11 +279,7 @@ impl fmt::Display for Report {
             f,
             "\n\"times bridge\" of small frames is by CPU time, which the rest of the machine disturbs less than rates."
         )?;
-        for goal in &self.goals {
-            let verdict = if goal.measured >= goal.at_least { "met   " } else { "MISSED" };
-            writeln!(f, "{verdict} {:5.2} (goal ≥ {:.2})  {}", goal.measured, goal.at_least, goal.what)?;
-        }
-        Ok(())
+        self.goals.iter().try_for_each(|goal| writeln!(f, "{goal}"))
     }
 }
 

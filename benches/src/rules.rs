@@ -11,11 +11,13 @@ use sluice_policy::net::{IpPrefix, MacAddr, PortRange};
 
 use crate::world::Guest;
 
-const GROUP: &str = "thousand";
+const GROUP: &str = "rules";
+/// Where the guests of the kernel engine live.
+const NETWORK: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 0);
 
 /// Two vNICs on one switch; with `rules`, under a group of so many, half in each direction.
 pub(crate) fn config(guests: &[Guest; 2], hook: Hook, rules: usize) -> Result<Config> {
-    let groups = if rules == 0 { Vec::new() } else { vec![group(rules)?] };
+    let groups = if rules == 0 { Vec::new() } else { vec![group(rules, prefix(NETWORK, 16)?)?] };
     let vnics = guests.iter().map(|guest| Vnic {
         name: guest.name.to_owned(),
         switch: "bench".to_owned(),
@@ -57,9 +59,9 @@ pub(crate) fn config(guests: &[Guest; 2], hook: Hook, rules: usize) -> Result<Co
 }
 
 /// Rules as security groups have them: services open to, or closed for, networks of various sizes, single ports and
-/// ranges. The measured traffic matches none but the last two of each direction, ARP and everything of the guests' own
-/// network, which have the lowest priorities.
-fn group(count: usize) -> Result<AclGroup> {
+/// ranges; half in each direction. The measured traffic matches none but the last two of each direction, ARP and everything of
+/// the guests' own `network`, which have the lowest priorities.
+pub(crate) fn group(count: usize, network: IpPrefix) -> Result<AclGroup> {
     const LENGTHS: [u8; 7] = [8, 12, 16, 20, 24, 28, 32];
     const PORTS: [&str; 6] = ["22", "80", "443", "8000-8080", "3306", "30000-32767"];
     let mut rules = Vec::with_capacity(count);
@@ -67,7 +69,7 @@ fn group(count: usize) -> Result<AclGroup> {
         let own = count / 2 - 2;
         for n in 0..own {
             let length = LENGTHS[n % LENGTHS.len()];
-            // 11.0.0.0 and up, never 10.77.0.0/16, where the guests live.
+            // 11.0.0.0 and up, never 10.0.0.0/8, where the guests live.
             let bits =
                 (11 << 24 | (n as u32).wrapping_mul(0x0002_6c81)) & (u32::MAX << (32 - u32::from(length)));
             let remote = Some(prefix(Ipv4Addr::from(bits | 11 << 24), length)?);
@@ -90,7 +92,7 @@ fn group(count: usize) -> Result<AclGroup> {
             let action = if n % 3 == 0 { AclAction::Deny } else { AclAction::Allow };
             rules.push(AclRule { priority: (10_000 - n * 2 + index) as u32, direction, matches, action });
         }
-        let network = Some(prefix(Ipv4Addr::new(10, 77, 0, 0), 16)?);
+        let network = Some(network);
         let matches = AclMatch { src_ip: network, dst_ip: network, ..AclMatch::default() };
         rules.push(AclRule { priority: 20, direction, matches, action: AclAction::Allow });
         let matches = AclMatch { ethertype: Some(0x0806), ..AclMatch::default() };
@@ -110,7 +112,7 @@ mod tests {
 
     #[test]
     fn a_thousand_rules_of_which_the_measured_traffic_meets_the_last() {
-        let group = group(1000).expect("well-formed rules");
+        let group = group(1000, prefix(NETWORK, 16).expect("a prefix")).expect("well-formed rules");
         assert_eq!(group.rules.iter().collect::<BTreeSet<_>>().len(), 1000, "all different");
         let (a, b) = (IpAddr::from([10, 77, 0, 1]), IpAddr::from([10, 77, 0, 2]));
         for direction in [Direction::FromVm, Direction::ToVm] {

@@ -31,8 +31,11 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Compare throughput with a Linux bridge's, side by side. Needs root.
+    /// Compare throughput with a Linux bridge's, Open vSwitch's and testpmd's, side by side. Needs root.
     Bench {
+        /// What to compare; everything unless given.
+        #[arg(long, value_enum, value_delimiter = ',')]
+        lane: Vec<bench::Lane>,
         /// Arguments of the harness, such as `--rounds 5`; after `--`, `--help` lists them.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         extra: Vec<String>,
@@ -62,6 +65,8 @@ enum Task {
     },
     /// Run a command in a throw-away machine with SR-IOV: a Debian kernel in QEMU, this machine's files read-only.
     Lab(lab::Options),
+    /// Make a small guest for the tests that boot VMs, and print where its kernel and its RAM disk are.
+    GuestImage,
     /// Check the rules of the house: crate arrows, unsafe code, module docs, portable text, dependencies.
     Lint,
     /// Let ports come and go at random under load, and see that nothing is lost or left over. Needs root.
@@ -89,11 +94,12 @@ enum Task {
 
 fn main() -> std::process::ExitCode {
     let outcome = match Arguments::parse().task {
-        Task::Bench { extra } => bench::bench(&extra),
+        Task::Bench { lane, extra } => bench::bench(&lane, &extra),
         Task::BuildEbpf { toolchain, force } => ebpf::build(toolchain, force).map(drop),
         Task::Demo { sriov } => demo::demo(sriov),
         Task::Fuzz { seconds, targets } => fuzz::fuzz(&fuzz::Which::Named(&targets), seconds),
         Task::Lab(options) => return lab::lab(&options),
+        Task::GuestImage => lab::small_guest(),
         Task::Lint => lint::lint(),
         Task::Soak { seconds, seed } => soak::soak(seconds, seed),
         Task::Test { quick, without_lab, extra } => test::test(quick, without_lab, &extra),

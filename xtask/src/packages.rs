@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Result, bail};
 
-use crate::process::{find, is_root, run, say};
+use crate::process::{find, is_root, output, run, say};
 
 /// How to tell that something is there.
 pub(crate) enum Sign {
@@ -13,6 +13,8 @@ pub(crate) enum Sign {
     Program(&'static str),
     /// A file at this place.
     File(&'static str),
+    /// A library that programs find by this name.
+    Library(&'static str),
 }
 
 /// Something that the system must have.
@@ -34,8 +36,15 @@ impl Need {
         Need { sign: Sign::File(path), package }
     }
 
+    /// A library and the package that brings it.
+    pub(crate) const fn library(name: &'static str, package: &'static str) -> Need {
+        Need { sign: Sign::Library(name), package }
+    }
+
     fn met(&self) -> bool {
         match self.sign {
+            Sign::Library(name) => output(Command::new("ldconfig").arg("-p"))
+                .is_some_and(|list| list.split_whitespace().any(|word| word == name)),
             Sign::Program(name) => find(name).is_some(),
             Sign::File(path) => Path::new(path).exists(),
         }

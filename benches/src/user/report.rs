@@ -1,0 +1,124 @@
+//! Results of the userspace engine and its peers: samples, the table on screen, and the goals.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::{OVS, OVS_RULES, SLUICE, SLUICE_RULES, Setup, XDP_OVS, XDP_SLUICE, XDP_WIRE};
+use crate::report::{Goal, Machine, cell, middle};
+
+/// What a set-up is measured with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lane {
+    /// Guests' rings.
+    Vhost,
+    /// AF_XDP on veth.
+    Xdp,
+}
+
+/// Samples of one set-up, one per round: millions of frames per second.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Row {
+    one_flow: Vec<f64>,
+    many_flows: Vec<f64>,
+}
+
+impl Row {
+    /// One flow, and many.
+    pub(crate) fn add(&mut self, [one, many]: [f64; 2]) {
+        self.one_flow.push(one);
+        self.many_flows.push(many);
+    }
+}
+
+/// All of it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    machine: Machine,
+    flows: u16,
+    setups: BTreeMap<&'static str, Row>,
+    goals: Vec<Goal>,
+    #[serde(skip)]
+    order: Vec<&'static Setup>,
+}
+
+impl Report {
+    pub(crate) fn new(setups: &[&'static Setup], flows: u16) -> Result<Report> {
+        Ok(Report {
+            machine: Machine::now()?,
+            flows,
+            setups: setups.iter().map(|setup| (setup.name, Row::default())).collect(),
+            goals: Vec::new(),
+            order: setups.to_vec(),
+        })
+    }
+
+    /// The row of a set-up.
+    pub(crate) fn row(&mut self, name: &'static str) -> &mut Row {
+        self.setups.entry(name).or_default()
+    }
+
+    /// To be called after the last sample.
+    pub(crate) fn finish(&mut self) -> Result<()> {
+        self.machine.finish()?;
+        let one = |row: &Row| row.one_flow.clone();
+        // The promise is about a thousand.
+        let counts = self.flows == 1000;
+        let many = |row: &Row| if counts { row.many_flows.clone() } else { Vec::new() };
+        let goals = [
+            ("vhost-user: 64 B rate, times OVS-DPDK's", 1.1, self.ratio(SLUICE, OVS, one)),
+            (
+                "vhost-user, 10 rules, 1 000 flows: rate, times OVS-DPDK's",
+                1.5,
+                self.ratio(SLUICE_RULES, OVS_RULES, many),
+            ),
+            ("AF_XDP: 64 B rate, times OVS's", 1.2, self.ratio(XDP_SLUICE, XDP_OVS, one)),
+            ("AF_XDP: 64 B rate, part of testpmd's io-forward", 0.95, self.ratio(XDP_SLUICE, XDP_WIRE, one)),
+        ];
+        self.goals = Goal::measured(goals);
+        Ok(())
+    }
+
+    /// Median over rounds of the ratio between two set-ups, where both were measured.
+    fn ratio(&self, above: &str, below: &str, samples: impl Fn(&Row) -> Vec<f64>) -> Option<f64> {
+        let (above, below) = (samples(self.setups.get(above)?), samples(self.setups.get(below)?));
+        let ratios: Vec<f64> = above.iter().zip(&below).map(|(above, below)| above / below).collect();
+        middle(&ratios)
+    }
+
+    /// Whether every goal that was measured is met.
+    pub(crate) fn meets_goals(&self) -> bool {
+        self.goals.iter().all(Goal::is_met)
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "\n{}", self.machine)?;
+        let many = format!("{} fl.", self.flows);
+        writeln!(f, "{:<16}|{:>8} {:>8} |{:>8} {:>8}", "", "64 B", "times", many, "times")?;
+        writeln!(f, "{:<16}|{:>8} {:>8} |{:>8} {:>8}", "medians", "Mpps", "OVS", "Mpps", "OVS")?;
+        for setup in &self.order {
+            let Some(row) = self.setups.get(setup.name) else { continue };
+            let peer = match setup.name {
+                OVS_RULES | SLUICE_RULES => OVS_RULES,
+                _ if setup.lane == Lane::Xdp => XDP_OVS,
+                _ => OVS,
+            };
+            let ratio = |samples: fn(&Row) -> Vec<f64>| cell(self.ratio(setup.name, peer, samples), 2);
+            writeln!(
+                f,
+                "{:<16}|{:>8} {:>8} |{:>8} {:>8}",
+                setup.name,
+                cell(middle(&row.one_flow), 2),
+                ratio(|row| row.one_flow.clone()),
+                cell(middle(&row.many_flows), 2),
+                ratio(|row| row.many_flows.clone()),
+            )?;
+        }
+        writeln!(f)?;
+        self.goals.iter().try_for_each(|goal| writeln!(f, "{goal}"))
+    }
+}
