@@ -317,6 +317,41 @@ fn packet_sockets_behind_a_veth_may_not_lie_either() -> Result<()> {
 }
 
 #[test]
+fn xdp_does_not_carry_lies_on() -> Result<()> {
+    scenario(|lab| {
+        let host = lab.host();
+        let (guest, other) = (VnetTap::open(host, "t1", OFFLOADS)?, Way::Tap(Tap::open(host, "t2")?));
+        host.ip_batch("link set t1 up\nlink set t2 up\n")?;
+        let vnic = |number: u8| {
+            let mac = mac_text(mac(number));
+            let hook = "hook: XDP, fullChecksums: true";
+            format!(
+                "- {{name: vm{number}, switch: blue, attach: {{tap: t{number}}}, mac: \"{mac}\", {hook}}}\n"
+            )
+        };
+        lab.apply(&format!("switches: [{{name: blue}}]\nvnics:\n{}{}", vnic(1), vnic(2)))?;
+        let (from, ip) = GUEST;
+        let frame = tcp4(mac(2), from, (ip, OTHER), (1, 2), &b"in pieces ".repeat(500));
+        // In pieces, or long: a tap's driver shows either to XDP when it has become the kernel's own.
+        for (start, offset, gso, size) in [(20, 16, GSO_TCPV4, 100), (20, 6, GSO_NONE, 0)] {
+            guest.write(&[header(start, offset, gso, size), frame.clone()].concat())?;
+        }
+        guest.write(&[&[0; HEADER][..], &note(mac(2), from, &[], "that is all")].concat())?;
+        let strayed = other.before("that is all")?.iter().filter(|out| carries(&out.frame, "pieces")).count();
+        let dropped = lab.sluice().dropped("vnic/vm1", "malformed-length")?;
+        ensure!((strayed, dropped) == (0, 2), "{strayed} got through, {dropped} of 2 are counted");
+        // Where there is nothing to lie with, XDP serves.
+        for (name, hooks) in [("vm1", "TCX"), ("vm2", "XDP")] {
+            let status = lab.sluice().json(&["get", "vnic", name])?["status"]["ports"][0].clone();
+            ensure!(status["hooks"].to_string().contains(hooks), "{name} should have {hooks}: {status}");
+            let says_why = status["notes"].to_string().contains("vnet_hdr=off");
+            ensure!(says_why == (name == "vm1"), "{name} notes {}", status["notes"]);
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn tunnels_between_guests_keep_their_super_frames() -> Result<()> {
     scenario(|lab| {
         let (vm1, vm2) = lab.pair()?;

@@ -40,6 +40,13 @@ pub(crate) fn choose(port: &PortImage, link: &Link) -> Choice {
             view.name, view.kind
         )),
         Hook::Xdp if !is_virtual => Choice { xdp: true, notes: Vec::new() },
+        // Nor will anybody's word do: long frames and super-frames of a tap meet XDP with their headers' claims, which the
+        // program cannot see, and a redirect carries them on.
+        Hook::Xdp if link.vnet_headers => refused(format!(
+            "XDP refused, TCX serves: frames on {} have virtio-net headers, and XDP cannot see what they leave undone; \
+             open the tap without them (QEMU: vnet_hdr=off)",
+            view.name
+        )),
         Hook::Xdp if port.full_checksums => {
             let mut choice = accepted(&view.kind);
             if view.kind == "veth" && peer::offloads(link).is_ok_and(|offloads| offloads.tags) {

@@ -23,6 +23,8 @@ const RETRIES: usize = 20;
 const HEADER: usize = 16;
 const IFINDEX: usize = 4;
 const FLAGS: usize = 8;
+/// Of a tap: whether frames have virtio-net headers (linux/if_link.h).
+const IFLA_TUN_VNET_HDR: u16 = 5;
 
 /// A link, with what only this crate asks for.
 #[derive(Clone, Debug)]
@@ -32,6 +34,8 @@ pub(crate) struct Link {
     pub(crate) peer: Option<u32>,
     /// Number that our namespace has for the peer's, if that is another one.
     pub(crate) peer_namespace: Option<i32>,
+    /// A tap whose frames have virtio-net headers, which may leave checksums and cutting to others.
+    pub(crate) vnet_headers: bool,
     /// Alias.
     pub(crate) alias: Option<String>,
     /// Receives every frame on its wire, because somebody set it so.
@@ -168,6 +172,7 @@ fn parse(payload: &[u8]) -> Result<Link, DecodeError> {
         },
         peer: None,
         peer_namespace: None,
+        vnet_headers: false,
         alias: None,
         promiscuous: flags & libc::IFF_PROMISC != 0,
         all_groups: flags & libc::IFF_ALLMULTI != 0,
@@ -185,8 +190,13 @@ fn parse(payload: &[u8]) -> Result<Link, DecodeError> {
             libc::IFLA_LINKINFO => {
                 for info in NlasIterator::new(value) {
                     let info: NlaBuffer<&[u8]> = info?;
-                    if info.kind() == libc::IFLA_INFO_KIND {
-                        link.view.kind = text(info.value());
+                    match info.kind() & !NLA_F_NESTED {
+                        libc::IFLA_INFO_KIND => link.view.kind = text(info.value()),
+                        // Behind the kind, always.
+                        libc::IFLA_INFO_DATA if link.view.kind == "tun" => {
+                            link.vnet_headers = has_vnet_headers(info.value())?;
+                        }
+                        _ => {}
                     }
                 }
             }
@@ -195,6 +205,17 @@ fn parse(payload: &[u8]) -> Result<Link, DecodeError> {
     }
     link.view.peer_elsewhere = link.view.kind == "veth" && link.peer_namespace.is_some();
     Ok(link)
+}
+
+/// Whether a tap's data says that its frames have virtio-net headers.
+fn has_vnet_headers(data: &[u8]) -> Result<bool, DecodeError> {
+    for attribute in NlasIterator::new(data) {
+        let attribute: NlaBuffer<&[u8]> = attribute?;
+        if attribute.kind() & !NLA_F_NESTED == IFLA_TUN_VNET_HDR {
+            return Ok(attribute.value().first().is_some_and(|value| *value != 0));
+        }
+    }
+    Ok(false)
 }
 
 /// The links that a batch of notifications is about; `true` with those that are gone.
