@@ -11,6 +11,8 @@ mod debian;
 mod guest;
 mod kernel;
 mod qemu;
+mod ram_disk;
+mod small;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -67,6 +69,15 @@ pub(crate) fn lab(options: &Options) -> ExitCode {
 /// Fetches and builds what the lab needs, where it is missing.
 pub(crate) fn prepare() -> Result<()> {
     make_ready(None).map(drop)
+}
+
+/// Makes a small guest for tests that boot QEMU themselves, and prints where its kernel and its RAM disk are, each on a line of
+/// its own.
+pub(crate) fn small_guest() -> Result<()> {
+    let (_, kernel) = make_ready(None)?;
+    let ram_disk = small::make(&kernel)?;
+    println!("{}\n{}", kernel.folder.join("vmlinuz").display(), ram_disk.display());
+    Ok(())
 }
 
 fn make_ready(series: Option<&str>) -> Result<(PathBuf, kernel::Kernel)> {

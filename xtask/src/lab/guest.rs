@@ -3,7 +3,6 @@
 use std::fs::{self, File};
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -12,7 +11,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::kernel::Kernel;
-use crate::process::{find, output, say_error};
+use super::ram_disk::RamDisk;
+use crate::process::say_error;
 use crate::workspace;
 
 const INIT: &str = include_str!("init.sh");
@@ -105,71 +105,9 @@ pub(super) fn run(qemu: &Path, kernel: &Kernel, machine: &Machine<'_>, command: 
 
 /// The RAM disk that the guest boots from.
 fn ram_disk(kernel: &Kernel, shared: &Shared) -> Result<()> {
-    let folder = shared.file("ram-disk");
-    for part in ["bin", "modules"] {
-        fs::create_dir_all(folder.join(part)).context("making the RAM disk")?;
-    }
-    fs::copy(kernel.folder.join("busybox"), folder.join("bin/busybox")).context("copying busybox")?;
-    let init = folder.join("init");
-    fs::write(&init, INIT).context("making the RAM disk")?;
-    fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).context("making the RAM disk")?;
-
-    let modprobe = find("modprobe").context("package kmod brings no modprobe")?;
-    let mut modules: Vec<String> = Vec::new();
-    for module in EARLY_MODULES {
-        let needed = output(Command::new(&modprobe).arg("--dirname").arg(&kernel.folder).args([
-            "--set-version",
-            &kernel.release,
-            "--show-depends",
-            module,
-        ]))
-        .with_context(|| format!("kernel {} has no module {module}", kernel.release))?;
-        // Lines are `insmod FILE` and, for what is built in, `builtin NAME`.
-        for file in needed.lines().filter_map(|line| line.strip_prefix("insmod ")) {
-            let file = file.trim().to_owned();
-            if !modules.contains(&file) {
-                modules.push(file);
-            }
-        }
-    }
-    for (number, module) in modules.iter().enumerate() {
-        let place = folder.join(format!("modules/{number:03}.ko"));
-        if module.ends_with(".xz") {
-            let plain = Command::new("xz").args(["--decompress", "--stdout", module]).output()?;
-            if !plain.status.success() {
-                bail!("xz cannot read {module}: {}", String::from_utf8_lossy(&plain.stderr));
-            }
-            fs::write(&place, plain.stdout).context("making the RAM disk")?;
-        } else {
-            fs::copy(module, &place).context("making the RAM disk")?;
-        }
-    }
-    let list = workspace::files(&folder, &|_| true)?;
-    archive(&folder, &kernel.folder.join("busybox"), &list, &shared.file("ram-disk.cpio"))
-}
-
-/// Packs the RAM disk's files as the kernel wants them.
-fn archive(folder: &Path, busybox: &Path, files: &[PathBuf], to: &Path) -> Result<()> {
-    // A file's folders must come before it.
-    let mut names = vec!["bin".to_owned(), "modules".to_owned()];
-    for file in files {
-        let name = file.strip_prefix(folder).context("a file of the RAM disk lies elsewhere")?;
-        names.push(name.display().to_string());
-    }
-    let mut packer = Command::new(busybox)
-        .args(["cpio", "-o", "-H", "newc"])
-        .current_dir(folder)
-        .stdin(Stdio::piped())
-        .stdout(File::create(to).context("making the RAM disk")?)
-        .stderr(Stdio::null())
-        .spawn()
-        .context("running busybox")?;
-    packer.stdin.take().context("cpio has no input")?.write_all((names.join("\n") + "\n").as_bytes())?;
-    let status = packer.wait().context("waiting for cpio")?;
-    if !status.success() {
-        bail!("busybox cannot pack the RAM disk: {status}");
-    }
-    Ok(())
+    let disk = RamDisk::create(kernel, &shared.file("ram-disk"), INIT)?;
+    disk.add_modules(kernel, &EARLY_MODULES)?;
+    disk.pack(&shared.file("ram-disk.cpio"))
 }
 
 /// What the guest's shell reads first.
@@ -297,6 +235,7 @@ fn pass_on(mut from: impl Read, mut to: impl Write) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::output;
 
     #[test]
     fn a_shell_reads_back_what_was_quoted() {
