@@ -22,6 +22,7 @@ mod sys;
 pub mod tcp;
 pub mod tools;
 pub mod vf_lab;
+pub mod vm;
 pub mod wait;
 pub mod wire;
 
