@@ -331,10 +331,10 @@ fn xdp_does_not_carry_lies_on() -> Result<()> {
         };
         lab.apply(&format!("switches: [{{name: blue}}]\nvnics:\n{}{}", vnic(1), vnic(2)))?;
         let (from, ip) = GUEST;
-        let frame = tcp4(mac(2), from, (ip, OTHER), (1, 2), &b"in pieces ".repeat(500));
-        // In pieces, or long: a tap's driver shows either to XDP when it has become the kernel's own.
-        for (start, offset, gso, size) in [(20, 16, GSO_TCPV4, 100), (20, 6, GSO_NONE, 0)] {
-            guest.write(&[header(start, offset, gso, size), frame.clone()].concat())?;
+        let frame = tcp4(mac(2), from, (ip, OTHER), (1, 2), &b"in pieces ".repeat(50));
+        // A tap's driver shows XDP super-frames, also short ones, when it has made them the kernel's own.
+        for start in [20, 22] {
+            guest.write(&[header(start, 16, GSO_TCPV4, 100), frame.clone()].concat())?;
         }
         guest.write(&[&[0; HEADER][..], &note(mac(2), from, &[], "that is all")].concat())?;
         let strayed = other.before("that is all")?.iter().filter(|out| carries(&out.frame, "pieces")).count();
