@@ -248,7 +248,7 @@ impl<'a> Guest<'a> {
             .arg(&self.image.ram_disk)
             .arg("-append")
             .arg(format!(
-                "console=ttyS0 quiet mitigations=off net.ifnames=0 \
+                "console=ttyS0 quiet mitigations=off no_timer_check net.ifnames=0 \
                  guest.address={}/16 guest.address={}/64",
                 self.ip4(),
                 self.ip6()

@@ -156,7 +156,7 @@ fn emulate(qemu: &Path, kernel: &Kernel, machine: &Machine<'_>, shared: &Shared)
         .arg(shared.file("ram-disk.cpio"))
         .arg("-append")
         .arg(format!(
-            "console=ttyS0 quiet panic=-1 mitigations=off intel_iommu=on iommu=pt net.ifnames=0 {}",
+            "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check intel_iommu=on iommu=pt net.ifnames=0 {}",
             machine.append.join(" ")
         ))
         .args(["-serial", &format!("file:{}", in_option(&shared.file("console")))])
