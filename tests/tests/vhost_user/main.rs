@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod lies;
 mod uplinks;
 mod vmm;
 
