@@ -49,10 +49,10 @@ fn btf() -> Finding {
         finding(Level::Ok, "BTF", PATH, "")
     } else {
         finding(
-            Level::Warning,
+            Level::Problem,
             "BTF",
             format!("{PATH} is missing"),
-            "use a kernel built with CONFIG_DEBUG_INFO_BTF; Sluice runs without, but cannot be inspected as well",
+            "use a kernel built with CONFIG_DEBUG_INFO_BTF: without it the kernel engine does not load",
         )
     }
 }
