@@ -26,7 +26,8 @@ use sluice_user::port::Transmit;
 use sluice_user::tap::{Tap, TapError};
 use sluice_user::vhost::features::{Features, bit};
 use sluice_user::vhost::{
-    FrameFault, FromGuest, Mode, OpenError, Port, PortConfig, PortEvent, QueueState, Status, ToGuest,
+    FrameFault, FromGuest, LogLines, Mode, OpenError, Port, PortConfig, PortEvent, QueueState, Status,
+    ToGuest,
 };
 use sluice_user::workers::{Move, Patience, QueueId, Workers, WorkersError};
 
@@ -172,9 +173,10 @@ impl UserEngine {
             standby: false,
         };
         let wake = Arc::clone(&self.wake);
-        let who = name.to_owned();
+        // A front-end comes and goes as often as it likes.
+        let lines = LogLines::new(name);
         let listener = move |event| {
-            tracing::info!(port = %who, ?event, "vhost-user");
+            lines.write(|| tracing::info!(port = lines.who(), ?event, "vhost-user"));
             let wake = wake.lock().clone();
             if let Some(wake) = wake.filter(|_| !matches!(event, PortEvent::Announce(_))) {
                 wake();
@@ -298,6 +300,7 @@ fn features(features: Features) -> Vec<&'static str> {
         (bit::MRG_RXBUF, "mergeable buffers"),
         (bit::INDIRECT_DESC, "indirect descriptors"),
         (bit::EVENT_IDX, "event index"),
+        (bit::RING_PACKED, "packed rings"),
         (bit::MQ, "multi-queue"),
     ];
     let names: Vec<_> = known.iter().filter(|(bit, _)| features.has(*bit)).map(|(_, name)| *name).collect();

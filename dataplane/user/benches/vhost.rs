@@ -1,4 +1,5 @@
-//! What a frame costs at a vhost-user port: nanoseconds per frame from the guest and to it, by size and layout of buffers.
+//! What a frame costs at a vhost-user port: nanoseconds per frame from the guest and to it, by kind of ring, size and layout of
+//! buffers.
 //!
 //! One thread plays both sides in turns, and only the port's side is timed, in batches of 32, against a port that was set up over a
 //! real socket. `cargo bench -p sluice-user --bench vhost`.
@@ -7,6 +8,7 @@ use std::error::Error;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use sluice_user::frame::{Pool, Region, RegionLayout};
@@ -42,14 +44,16 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(socket: UnixStream) -> Result<Guest, Box<dyn Error>> {
+    fn new(socket: UnixStream, packed: bool) -> Result<Guest, Box<dyn Error>> {
         let ram = GuestRam::new(RAM)?;
-        let to = DriverRing::new(SIZE, GUEST_BASE);
-        let from = DriverRing::new(SIZE, to.end().next_multiple_of(4096));
+        let ring = if packed { DriverRing::packed } else { DriverRing::new };
+        let to = ring(SIZE, GUEST_BASE);
+        let from = ring(SIZE, to.end().next_multiple_of(4096));
         let rings = [to, from];
         let mut front = Frontend::from_stream(socket, 2);
         front.set_owner()?;
-        let features = front.get_features()? & !bit::LOG_ALL & !bit::RING_PACKED;
+        let not_taken = bit::LOG_ALL | if packed { 0 } else { bit::RING_PACKED };
+        let features = front.get_features()? & !not_taken;
         let protocol = front.get_protocol_features()?;
         front.set_protocol_features(protocol)?;
         front.set_features(features)?;
@@ -63,7 +67,7 @@ impl Guest {
         }])?;
         for (index, ring) in rings.iter().enumerate() {
             front.set_vring_num(index, SIZE)?;
-            front.set_vring_base(index, 0)?;
+            front.set_vring_base(index, ring.base() as u16)?;
             front.set_vring_addr(
                 index,
                 &VringConfigData {
@@ -143,29 +147,52 @@ fn to_guest(guest: &mut Guest, end: &mut ToGuest, pool: &mut Pool, len: u32, lay
     median(times)
 }
 
+/// A port with a guest, both ready.
+struct Pair {
+    guest: Guest,
+    ends: (FromGuest, ToGuest),
+    _port: Port,
+}
+
+impl Pair {
+    fn new(folder: &Path, packed: bool) -> Result<Pair, Box<dyn Error>> {
+        let path = folder.join(if packed { "packed" } else { "split" });
+        let config = PortConfig {
+            path: path.clone(),
+            mode: Mode::Server,
+            queue_pairs: 1,
+            mtu: 1500,
+            offloads: true,
+            standby: false,
+        };
+        let port = Port::open(config, Box::new(|_| {}))?;
+        let ends = port.queues().remove(0);
+        Ok(Pair { guest: Guest::new(UnixStream::connect(path)?, packed)?, ends, _port: port })
+    }
+
+    /// From the guest, and to it.
+    fn measure(&mut self, pool: &mut Pool, len: u32, layout: Layout) -> [f64; 2] {
+        let (from, to) = &mut self.ends;
+        [
+            from_guest(&mut self.guest, from, pool, len, layout),
+            to_guest(&mut self.guest, to, pool, len, layout),
+        ]
+    }
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let folder = tempfile::tempdir()?;
-    let config = PortConfig {
-        path: folder.path().join("socket"),
-        mode: Mode::Server,
-        queue_pairs: 1,
-        mtu: 1500,
-        offloads: true,
-        standby: false,
-    };
-    let path = config.path.clone();
-    let port = Port::open(config, Box::new(|_| {}))?;
-    let mut guest = Guest::new(UnixStream::connect(path)?)?;
+    let mut split = Pair::new(folder.path(), false)?;
+    let mut packed = Pair::new(folder.path(), true)?;
     let mut pool = Pool::new(&Region::new(RegionLayout { small: 1024, large: 4 })?);
-    let mut ends = port.queues();
-    let (from, to) = &mut ends[0];
     let mut out = std::io::stdout().lock();
-    writeln!(out, "ns per frame            from the guest   to the guest")?;
+    writeln!(out, "ns per frame           from the guest       to the guest")?;
+    writeln!(out, "                       split   packed       split   packed")?;
     for (name, layout) in [("one", Layout::One), ("apart", Layout::Apart), ("indirect", Layout::Indirect)] {
         for len in [64, 512, 1500] {
-            let received = from_guest(&mut guest, from, &mut pool, len, layout);
-            let sent = to_guest(&mut guest, to, &mut pool, len, layout);
-            writeln!(out, "{name:>10} {len:>5} bytes   {received:>14.1}   {sent:>12.1}")?;
+            let [split, packed] = [&mut split, &mut packed].map(|pair| pair.measure(&mut pool, len, layout));
+            write!(out, "{name:>10} {len:>5} bytes   {:>5.1}   {:>5.1}", split[0], packed[0])?;
+            writeln!(out, "        {:>5.1}   {:>5.1}", split[1], packed[1])?;
         }
     }
     Ok(())

@@ -50,7 +50,7 @@ impl<'a> Walker<'a> {
     }
 
     /// Takes one descriptor. `limit` is the length of its table: a longer chain has been there before.
-    #[inline]
+    #[inline(always)]
     pub(super) fn visit(&mut self, descriptor: &Descriptor, limit: u32) -> Result<(), QueueError> {
         self.visited += 1;
         let limit = limit.min(MAX_CHAIN);
@@ -66,6 +66,7 @@ impl<'a> Walker<'a> {
     }
 
     /// Entries of a table of descriptors somewhere in guest memory, if it may be one.
+    #[inline(always)]
     fn entries(&self, table: &Descriptor) -> Result<u32, QueueError> {
         let entries = table.len / DESCRIPTOR as u32;
         let is_table = entries > 0 && table.len.is_multiple_of(DESCRIPTOR as u32);
@@ -76,6 +77,7 @@ impl<'a> Walker<'a> {
     }
 
     /// Takes a table of descriptors that are chained, which ends the chain: as split rings have it.
+    #[inline(always)]
     pub(super) fn chained_table(
         &mut self,
         memory: &GuestMemory,
@@ -103,6 +105,7 @@ impl<'a> Walker<'a> {
     /// Takes a table of descriptors that follow each other, all of which are the chain: as packed rings have it.
     ///
     /// What is only read may be said to be writable: DPDK's driver says so of the headers in the tables of its transmit queues.
+    #[inline(always)]
     pub(super) fn whole_table(&mut self, memory: &GuestMemory, table: &Descriptor) -> Result<(), QueueError> {
         let entries = self.entries(table)?;
         let ignored = if self.rules.direction == Direction::FromGuest { WRITE } else { 0 };
@@ -116,6 +119,7 @@ impl<'a> Walker<'a> {
 }
 
 /// One descriptor of a table.
+#[inline(always)]
 fn entry(memory: &GuestMemory, table: &Descriptor, index: u32) -> Result<[u8; DESCRIPTOR], QueueError> {
     let outside = QueueError::Outside { address: table.address, len: table.len };
     let at = table.address.checked_add(DESCRIPTOR as u64 * u64::from(index)).ok_or(outside)?;

@@ -14,7 +14,7 @@ use super::error::{FrameFault, QueueError};
 use super::features::{Features, bit};
 use super::header::{Header, MAX_HEADER, header_for};
 use super::log::DirtyLog;
-use super::memory::GuestMemory;
+use super::memory::{Access, GuestMemory};
 use super::notify::EventFd;
 use super::ring::WRITE;
 use super::sigbus::breaks;
@@ -157,11 +157,12 @@ impl<Q: Virtqueue> Live<Q> {
         let mut result = Ok(());
         let mut work = 0;
         let before = batch.len();
+        self.ring.approach(batch.room() as u16);
         for ahead in 0..PREFETCH {
-            self.ring.prefetch(&self.memory, ahead);
+            self.ring.prefetch(&self.memory, ahead, Access::Read);
         }
         for _ in 0..batch.room() {
-            self.ring.prefetch(&self.memory, PREFETCH);
+            self.ring.prefetch(&self.memory, PREFETCH, Access::Read);
             match self.take(pool, batch, &mut work) {
                 Ok(Taken::Frame(len)) => {
                     frames += 1;
@@ -190,7 +191,7 @@ impl<Q: Virtqueue> Live<Q> {
     }
 
     /// Takes one frame into the batch.
-    #[inline]
+    #[inline(always)]
     fn take(&mut self, pool: &mut Pool, batch: &mut Batch, work: &mut usize) -> Result<Taken, QueueError> {
         let Some((mut chain, first)) = self.ring.first()? else { return Ok(Taken::Nothing) };
         let is_plain = first.flags == 0;
@@ -235,7 +236,7 @@ impl<Q: Virtqueue> Live<Q> {
     }
 
     /// Does what the header of a frame asks, if it may.
-    #[inline]
+    #[inline(always)]
     fn believe(&self, header: &[u8; MAX_HEADER], frame: &mut Frame) -> Result<(), FrameFault> {
         let offload = Header::parse(header).offload(frame.bytes(), self.accepts)?;
         if offload.gso.is_none() && frame.len() > self.longest_frame {
@@ -248,7 +249,7 @@ impl<Q: Virtqueue> Live<Q> {
     }
 
     /// Bytes of the frame in a chain of so many bytes.
-    #[inline]
+    #[inline(always)]
     fn frame_len(&self, bytes: u64) -> Result<usize, FrameFault> {
         let shortest = (self.header_len + SHORTEST_FRAME) as u64;
         let longest = (self.header_len + LONGEST_FRAME) as u64;
@@ -281,11 +282,12 @@ impl<Q: Virtqueue> Live<Q> {
         let mut bytes = 0;
         let mut result = Ok(());
         let mut work = 0;
+        self.ring.approach(frames.len() as u16);
         for ahead in 0..PREFETCH {
-            self.ring.prefetch(&self.memory, ahead);
+            self.ring.prefetch(&self.memory, ahead, Access::Write);
         }
         for (index, frame) in frames.iter().enumerate() {
-            self.ring.prefetch(&self.memory, PREFETCH);
+            self.ring.prefetch(&self.memory, PREFETCH, Access::Write);
             match self.put(frame, &mut work) {
                 Ok(()) => {
                     *sent += 1;
@@ -311,7 +313,7 @@ impl<Q: Virtqueue> Live<Q> {
     }
 
     /// Puts one frame into the guest.
-    #[inline]
+    #[inline(always)]
     fn put(&mut self, frame: &Frame, work: &mut usize) -> Result<(), Refusal> {
         if *work > BATCH_WORK {
             return Err(Refusal::NoBuffers);
@@ -391,7 +393,7 @@ impl<Q: Virtqueue> Live<Q> {
 }
 
 /// How many chains ahead memory is asked for.
-const PREFETCH: u16 = 4;
+const PREFETCH: u16 = 8;
 
 /// Fills the parts from the pieces, one after the other.
 fn gather(memory: &GuestMemory, segments: &[Segment], parts: [&mut [u8]; 2]) -> Result<(), QueueError> {

@@ -4,7 +4,8 @@
 //! in and out, by address and bounds-checked; words that both sides use are atomics. Every mapping lies between pages that
 //! nobody may touch, and a file that shrinks breaks its mapping, not the process (see [`sigbus`](super::sigbus)).
 //!
-//! The session's thread builds a [`GuestMemory`] and gives it to the queues; workers only copy.
+//! The session's thread builds a [`GuestMemory`] and gives it to the queues; workers only copy. What each frame needs is inlined
+//! in any case: left to itself, the compiler calls it, and a copy of known length becomes one of any length.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64};
 use rustix::fs::{FileType, fstat, fstatfs};
 
 use super::error::MemoryError;
+use super::header::MAX_HEADER;
 use super::sigbus::Registration;
 
 const PAGE: u64 = 4096;
@@ -282,7 +284,7 @@ impl GuestMemory {
     }
 
     /// Where `len` bytes at a guest address are, if they are in one region.
-    #[inline]
+    #[inline(always)]
     pub(super) fn locate(&self, guest: u64, len: usize) -> Option<NonNull<u8>> {
         for region in &self.regions {
             let offset = guest.wrapping_sub(region.at.guest);
@@ -299,7 +301,7 @@ impl GuestMemory {
     /// # Errors
     ///
     /// Some of them are in no region; then some of `out` may have been written.
-    #[inline]
+    #[inline(always)]
     pub fn read(&self, guest: u64, out: &mut [u8]) -> Result<(), OutsideMemory> {
         if let Some(from) = self.locate(guest, out.len()) {
             // SAFETY: `locate` checked the source; the destination is this program's own and so elsewhere.
@@ -335,7 +337,7 @@ impl GuestMemory {
     /// # Errors
     ///
     /// As for [`read`](Self::read).
-    #[inline]
+    #[inline(always)]
     pub fn read_two(&self, guest: u64, first: &mut [u8], second: &mut [u8]) -> Result<(), OutsideMemory> {
         let Some(from) = self.locate(guest, first.len() + second.len()) else {
             self.read(guest, first)?;
@@ -343,9 +345,9 @@ impl GuestMemory {
         };
         // SAFETY: `locate` checked both pieces of the source; the destinations are this program's own.
         unsafe {
-            std::ptr::copy_nonoverlapping(from.as_ptr(), first.as_mut_ptr(), first.len());
+            copy(from.as_ptr(), first.as_mut_ptr(), first.len());
             let from = from.add(first.len());
-            std::ptr::copy_nonoverlapping(from.as_ptr(), second.as_mut_ptr(), second.len());
+            copy(from.as_ptr(), second.as_mut_ptr(), second.len());
         }
         Ok(())
     }
@@ -355,7 +357,7 @@ impl GuestMemory {
     /// # Errors
     ///
     /// As for [`write`](Self::write).
-    #[inline]
+    #[inline(always)]
     pub fn write_two(&self, guest: u64, first: &[u8], second: &[u8]) -> Result<(), OutsideMemory> {
         let Some(to) = self.locate(guest, first.len() + second.len()) else {
             self.write(guest, first)?;
@@ -363,18 +365,20 @@ impl GuestMemory {
         };
         // SAFETY: `locate` checked both pieces of the destination; the sources are this program's own.
         unsafe {
-            std::ptr::copy_nonoverlapping(first.as_ptr(), to.as_ptr(), first.len());
+            copy(first.as_ptr(), to.as_ptr(), first.len());
             let to = to.add(first.len());
-            std::ptr::copy_nonoverlapping(second.as_ptr(), to.as_ptr(), second.len());
+            copy(second.as_ptr(), to.as_ptr(), second.len());
         }
         Ok(())
     }
 
-    /// Asks for bytes at a guest address to be brought near. An address in no region is ignored.
+    /// Asks for a header and what a short frame has behind it to be brought near: the first two cache lines from a guest
+    /// address. One in no region is ignored.
     #[inline]
-    pub(super) fn prefetch(&self, guest: u64) {
+    pub(super) fn prefetch(&self, guest: u64, access: Access) {
         if let Some(at) = self.locate(guest, 1) {
-            prefetch(at);
+            prefetch(at.as_ptr(), access);
+            prefetch(at.as_ptr().wrapping_add(CACHE_LINE), access);
         }
     }
 
@@ -403,14 +407,54 @@ impl GuestMemory {
     }
 }
 
+/// What memory is brought near for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Access {
+    Read,
+    /// Other cores lose their copies at once, not when it is written.
+    Write,
+}
+
+/// Bytes that come together.
+pub(super) const CACHE_LINE: usize = 64;
+
 /// A hint; it never faults.
-#[inline]
-fn prefetch(at: NonNull<u8>) {
+#[inline(always)]
+pub(super) fn prefetch<T>(at: *const T, access: Access) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch has no effect that a program could see, whatever the address.
+    // SAFETY: a prefetch has no effect that a program could see, whatever the address. Processors that have no such instruction
+    // for writing take it for none at all.
     unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.as_ptr().cast());
+        match access {
+            Access::Read => std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast()),
+            Access::Write => {
+                std::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags, readonly));
+            }
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
+    let _ = (at, access);
+}
+
+/// Copies bytes. Headers and short frames are copied in place: for them, a call costs as much as the copy.
+///
+/// # Safety
+///
+/// As for `copy_nonoverlapping`.
+#[inline(always)]
+unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
+    use std::ptr::copy_nonoverlapping;
+    const HALF: usize = 32;
+    // SAFETY: the caller's; each piece lies in the first `len` bytes.
+    unsafe {
+        match len {
+            MAX_HEADER => copy_nonoverlapping(from, to, MAX_HEADER),
+            // The halves overlap where it is shorter than both.
+            HALF..=64 => {
+                copy_nonoverlapping(from, to, HALF);
+                copy_nonoverlapping(from.add(len - HALF), to.add(len - HALF), HALF);
+            }
+            _ => copy_nonoverlapping(from, to, len),
+        }
+    }
 }

@@ -16,6 +16,7 @@
 //! | `live`, `service`, `queue` | the data path; the same for either kind of ring; a queue's life |
 //! | `inflight`, `log` | what a crash must not lose; what a migration must not miss |
 //! | `wire`, `payload`, `device`, `session` | the protocol |
+//! | `notify`, `lines` | notifications that nobody has to wait for; a log that nobody can flood |
 //! | [`port`], `queues` | what the rest of the engine sees |
 //! | [`driver`] | a guest's side of all this, for tests and benches |
 
@@ -33,6 +34,7 @@ mod error;
 pub mod features;
 pub(crate) mod header;
 mod inflight;
+mod lines;
 mod live;
 mod log;
 pub mod memory;
@@ -54,6 +56,7 @@ mod wire;
 
 pub use counters::QueueCounters;
 pub use error::{FrameFault, MemoryError, QueueError, RequestError, SetupError};
+pub use lines::LogLines;
 pub use port::{Mode, OpenError, Port, PortConfig, PortEvent, QueueStatus, Status};
 pub use queue::QueueState;
 pub use queues::{FromGuest, ToGuest};

@@ -19,7 +19,7 @@ use super::chain::{Rules, Segment, Walker};
 use super::error::QueueError;
 use super::inflight::PackedInflight;
 use super::log::DirtyLog;
-use super::memory::GuestMemory;
+use super::memory::{Access, GuestMemory};
 use super::ring::{DESCRIPTOR, Descriptor, INDIRECT, NEXT};
 use super::virtqueue::{Position, Virtqueue};
 
@@ -130,12 +130,12 @@ impl Packed {
     }
 
     /// The slot at a place, if it is available.
-    #[inline]
+    #[inline(always)]
     fn available(&self, spot: Spot) -> Option<Slot> {
         Some(self.ring.slot(spot.index())).filter(|slot| slot.is_available(spot.wrap()))
     }
 
-    #[inline]
+    #[inline(always)]
     fn checked(&self, id: u16) -> Result<u16, QueueError> {
         let size = self.ring.size();
         if id >= size {
@@ -203,7 +203,7 @@ impl Virtqueue for Packed {
         Cursor { left: 0, spot: self.available, slots: 0 }
     }
 
-    #[inline]
+    #[inline(always)]
     fn first(&self) -> Result<Option<(Chain, Descriptor)>, QueueError> {
         if let Some(left) = self.left.front() {
             let chain = Chain { id: left.id, slots: left.descriptors.len() as u16 };
@@ -216,7 +216,7 @@ impl Virtqueue for Packed {
         Ok(Some((Chain { id, slots: 1 }, descriptor)))
     }
 
-    #[inline]
+    #[inline(always)]
     fn walk(
         &self,
         memory: &GuestMemory,
@@ -258,17 +258,21 @@ impl Virtqueue for Packed {
         Ok(Some((chain, walker.bytes())))
     }
 
+    /// The processor finds out by itself that descriptors lie one behind the other, whichever side they come from.
     #[inline]
-    fn prefetch(&self, memory: &GuestMemory, ahead: u16) {
+    fn approach(&self, _chains: u16) {}
+
+    #[inline(always)]
+    fn prefetch(&self, memory: &GuestMemory, ahead: u16, access: Access) {
         let size = self.ring.size();
         if ahead < size
             && let Some(slot) = self.available(self.available.after(ahead, size))
         {
-            memory.prefetch(slot.address);
+            memory.prefetch(slot.address, access);
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn complete(&mut self, chain: Chain, written: u32) {
         let size = self.ring.size();
         if let Some(left) = self.left.pop_front() {

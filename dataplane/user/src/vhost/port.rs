@@ -18,6 +18,8 @@ use rustix::io::Errno;
 
 use super::counters::{Counters, QueueCounters};
 use super::features::Features;
+use super::lines::LogLines;
+use super::notify;
 use super::queue::{Queue, QueueState};
 use super::queues::{FromGuest, ToGuest};
 pub use super::session::remove_dead_socket;
@@ -96,6 +98,12 @@ pub enum OpenError {
         /// The kernel's error.
         source: io::Error,
     },
+    /// Guests could not be notified without a danger of waiting for them.
+    #[error(
+        "notifying guests needs asynchronous I/O, which the kernel refuses ({0}): \
+         it must be built with CONFIG_AIO, and fs.aio-nr be below fs.aio-max-nr"
+    )]
+    Notifications(#[source] Errno),
     /// The kernel refused something else.
     #[error("opening a vhost-user port: {0}")]
     System(#[from] Errno),
@@ -125,6 +133,7 @@ pub(super) struct Shared {
     features: AtomicU64,
     status: Mutex<Status>,
     listener: Listener,
+    pub(super) lines: Arc<LogLines>,
 }
 
 impl Shared {
@@ -199,9 +208,11 @@ impl Port {
         if config.queue_pairs == 0 || config.queue_pairs > MAX_QUEUE_PAIRS {
             return Err(OpenError::QueuePairs(config.queue_pairs));
         }
+        notify::check().map_err(OpenError::Notifications)?;
         let longest = usize::from(config.mtu) + LONGEST_HEADER;
+        let lines = Arc::new(LogLines::new(config.path.display().to_string()));
         let slots = (0..usize::from(config.queue_pairs) * 2).map(|index| {
-            let queue = Queue::new(index, longest)?;
+            let queue = Queue::new(index, longest, Arc::clone(&lines))?;
             let event = Arc::clone(queue.event());
             let is_live = Arc::clone(queue.is_live());
             let is_held = AtomicBool::new(false);
@@ -217,6 +228,7 @@ impl Port {
             features: AtomicU64::new(0),
             status: Mutex::default(),
             listener,
+            lines,
         });
         let thread = std::thread::Builder::new().name("vhost-user".to_owned()).spawn({
             let shared = Arc::clone(&shared);

@@ -21,6 +21,7 @@ use super::chain::Direction;
 use super::counters::Counters;
 use super::error::{QueueError, RequestError, SetupError};
 use super::features::bit;
+use super::lines::LogLines;
 use super::notify::EventFd;
 use super::ring::{MAX_SIZE, RingAddresses};
 use super::service::{Common, Plan, Service};
@@ -72,10 +73,15 @@ pub(super) struct Queue {
     fault: Option<QueueError>,
     /// Readable when the guest kicks; it outlives the kick descriptors, which come and go with the guest.
     event: Arc<OwnedFd>,
+    lines: Arc<LogLines>,
 }
 
 impl Queue {
-    pub(super) fn new(index: usize, longest_frame: usize) -> Result<Self, rustix::io::Errno> {
+    pub(super) fn new(
+        index: usize,
+        longest_frame: usize,
+        lines: Arc<LogLines>,
+    ) -> Result<Self, rustix::io::Errno> {
         Ok(Self {
             index,
             // Of each pair, the first is the driver's receive queue.
@@ -94,6 +100,7 @@ impl Queue {
             is_live: Arc::default(),
             fault: None,
             event: Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?),
+            lines,
         })
     }
 
@@ -342,6 +349,9 @@ impl Queue {
         if let Some(error) = &self.error {
             error.signal();
         }
-        tracing::warn!(queue = self.index, %fault, "a virtqueue is stopped for what its driver did");
+        self.lines.write(|| {
+            let (port, queue) = (self.lines.who(), self.index);
+            tracing::warn!(port, queue, %fault, "a virtqueue is stopped for what its driver did");
+        });
     }
 }

@@ -101,7 +101,9 @@ pub(super) fn serve(shared: &Shared, endpoint: &Endpoint) {
         };
         let begun = Instant::now();
         let error = session(shared, socket);
-        tracing::info!(path = %shared.config.path.display(), %error, "a vhost-user connection ended");
+        shared.lines.write(|| {
+            tracing::info!(port = shared.lines.who(), %error, "a vhost-user connection ended");
+        });
         if matches!(error, SessionError::Stopped) {
             break;
         }
@@ -186,7 +188,10 @@ fn converse(shared: &Shared, socket: UnixStream) -> Result<std::convert::Infalli
                     status.refused_requests += 1;
                     status.last_error = Some(source.to_string());
                 });
-                tracing::warn!(path = %shared.config.path.display(), request, %source, "a vhost-user request is refused");
+                shared.lines.write(|| {
+                    let port = shared.lines.who();
+                    tracing::warn!(port, request, %source, "a vhost-user request is refused");
+                });
                 match source {
                     _ if acknowledge && !has_own_answer(request) => connection.answer(request, &status(1))?,
                     // Newer front-ends have requests that they do not need.

@@ -8,7 +8,7 @@ use std::fmt;
 
 use super::chain::{Rules, Segment};
 use super::error::QueueError;
-use super::memory::GuestMemory;
+use super::memory::{Access, GuestMemory};
 use super::ring::Descriptor;
 
 /// Where a queue stands, to be gone on from. Of a split ring both are free-running indices; of a packed one both are places in
@@ -48,8 +48,11 @@ pub(super) trait Virtqueue: fmt::Debug {
         segments: &mut Vec<Segment>,
     ) -> Result<Option<(Self::Chain, u64)>, QueueError>;
 
+    /// Brings the first descriptors of so many chains near, and where they are given back, as far as those are easily found.
+    fn approach(&self, chains: u16);
+
     /// Brings near what the `ahead`-th chain from here begins with, if that is easily found.
-    fn prefetch(&self, memory: &GuestMemory, ahead: u16);
+    fn prefetch(&self, memory: &GuestMemory, ahead: u16, access: Access);
 
     /// Takes the first chain that waits and gives it back, with so many bytes written; the driver does not see it yet.
     fn complete(&mut self, chain: Self::Chain, written: u32);

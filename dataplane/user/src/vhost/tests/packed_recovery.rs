@@ -19,7 +19,7 @@ const PACKED: u64 = FEATURES | bit::RING_PACKED;
 
 /// The process dies, and the next one is told the base where the ring began.
 fn dies(rig: &mut Rig) {
-    rig.queue = Queue::new(rig.index, 1522).unwrap();
+    rig.queue = Queue::new(rig.index, 1522, Arc::default()).unwrap();
     rig.set_up();
 }
 
@@ -203,7 +203,7 @@ fn whatever_is_in_the_ring_recovery_ends_in_it() {
         }
         rig.ram.write(rig.ring.used, &random.next().to_le_bytes()[..4]);
         let base = random.below(size.into()) as u32 | (random.next() as u32 & 0x8000);
-        rig.queue = Queue::new(FROM_GUEST, 1522).unwrap();
+        rig.queue = Queue::new(FROM_GUEST, 1522, Arc::default()).unwrap();
         rig.set_up();
         rig.queue.stop(&rig.counters);
         rig.queue.set_base(base, &rig.counters).unwrap();
@@ -381,7 +381,7 @@ fn scribbling_in_the_area_harms_nobody() {
         rustix::io::pwrite(&file, &bytes, 0).unwrap();
         let mut rig = four();
         rig.common.inflight = Some(area);
-        rig.queue = Queue::new(FROM_GUEST, 1522).unwrap();
+        rig.queue = Queue::new(FROM_GUEST, 1522, Arc::default()).unwrap();
         let counters = &rig.counters;
         let setting = [
             rig.queue.set_common(rig.common.clone(), counters),

@@ -60,7 +60,7 @@ impl Rig {
             index,
             ram,
             ring,
-            queue: Queue::new(index, 1522).unwrap(),
+            queue: Queue::new(index, 1522, Arc::default()).unwrap(),
             counters: Counters::default(),
             pool: Pool::new(&region),
             common,
