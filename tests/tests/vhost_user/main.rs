@@ -5,6 +5,7 @@
 mod lies;
 mod uplinks;
 mod vmm;
+mod workers;
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};

@@ -19,12 +19,13 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
 
-const ENTRIES: u16 = 256;
+/// More than a flow has in flight: what a slow test has no room for is not lost by the switch.
+const ENTRIES: u16 = 512;
 /// Bytes of a buffer for frames to the guest, which takes as many as a frame needs.
 const TO_GUEST: u64 = 2048;
 /// Bytes of a buffer for frames from the guest: the longest, and its header.
 const FROM_GUEST: u64 = 68 * 1024;
-const RAM: u64 = 32 << 20;
+const RAM: u64 = 64 << 20;
 const AT_TO_GUEST: u64 = GUEST_BASE + (1 << 20);
 const AT_FROM_GUEST: u64 = AT_TO_GUEST + ENTRIES as u64 * TO_GUEST;
 const HEADER: usize = 12;
