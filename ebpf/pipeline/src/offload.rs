@@ -62,3 +62,49 @@ fn is_cut_behind(cut: Cut, start: u32, headers: &Headers) -> bool {
     };
     start == headers.l4 && headers.key.proto == proto
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(proto: u8) -> Headers {
+        let mut headers = Headers { l3: 14, l4: 34, ..Headers::default() };
+        headers.key.facts = fact::IP | fact::L4;
+        headers.key.proto = proto;
+        headers
+    }
+
+    #[test]
+    fn a_super_frame_is_cut_as_what_it_is() {
+        const GRE: u8 = 47;
+        for (proto, at, cut, start, may) in [
+            (ip_proto::TCP, 50, Cut::Tcp, 34, true),
+            (ip_proto::TCP, 50, Cut::Tcp, 30, false),
+            (ip_proto::TCP, 50, Cut::Udp, 34, false),
+            (ip_proto::UDP, 40, Cut::Udp, 34, true),
+            (ip_proto::UDP, 50, Cut::Tcp, 34, false),
+            (ip_proto::SCTP, 42, Cut::Sctp, 34, true),
+            (ip_proto::UDP, 108, Cut::Tunnel, 92, true),
+            (GRE, 88, Cut::Tunnel, 72, true),
+            (ip_proto::UDP, 57, Cut::Tunnel, 41, false),
+            (ip_proto::UDP, 40, Cut::Tunnel, 92, false),
+            (ip_proto::TCP, 50, Cut::Unknown, 34, false),
+        ] {
+            assert_eq!(is_honest(start, at, cut, &headers(proto)), may, "{proto} {at} {cut:?} {start}");
+        }
+    }
+
+    #[test]
+    fn nothing_before_the_transport_header_is_written() {
+        for proto in 0..=255 {
+            for at in 0..34 {
+                assert!(!is_honest(34, at, Cut::Not, &headers(proto)), "{proto} {at}");
+            }
+        }
+        // Nor anything where there is none: not IP, or a later fragment.
+        for broken in [Headers { l4: 0, ..headers(ip_proto::UDP) }, Headers { l4: 34, ..Headers::default() }]
+        {
+            assert!((0..200).all(|at| !is_honest(34, at, Cut::Not, &broken)));
+        }
+    }
+}
