@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use guest::{BUFFERS, Guest};
 use libfuzzer_sys::fuzz_target;
 
-thread_local!(static GUEST: RefCell<Guest> = RefCell::new(Guest::new()));
+thread_local!(static GUEST: RefCell<Guest> = RefCell::new(Guest::new(false)));
 
 fuzz_target!(|bytes: &[u8]| {
     GUEST.with_borrow_mut(|guest| {

@@ -31,8 +31,8 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// A port of this process, and a guest with 64 KiB.
-    pub fn new() -> Guest {
+    /// A port of this process, and a guest with 64 KiB and split or packed rings.
+    pub fn new(packed: bool) -> Guest {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("socket");
         let config = PortConfig {
@@ -45,11 +45,13 @@ impl Guest {
         };
         let port = Port::open(config, Box::new(|_| {})).expect("a port");
         let ends = port.queues().remove(0);
-        let to = DriverRing::new(SIZE, GUEST_BASE);
-        let from = DriverRing::new(SIZE, GUEST_BASE + 0x800);
+        let ring = if packed { DriverRing::packed } else { DriverRing::new };
+        let to = ring(SIZE, GUEST_BASE);
+        let from = ring(SIZE, GUEST_BASE + 0x800);
         let mut front = Frontend::from_stream(UnixStream::connect(path).expect("the port listens"), 2);
         front.set_owner().expect("answered");
-        let features = front.get_features().expect("answered") & !bit::LOG_ALL & !bit::RING_PACKED;
+        let not_taken = bit::LOG_ALL | if packed { 0 } else { bit::RING_PACKED };
+        let features = front.get_features().expect("answered") & !not_taken;
         let protocol = front.get_protocol_features().expect("answered");
         front.set_protocol_features(protocol).expect("answered");
         front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -76,11 +78,11 @@ impl Guest {
     fn set_up(&mut self, index: usize) {
         let at = self.rings[index].descriptors;
         self.ram.write(at, &[0; 0x800]);
-        self.rings[index] = DriverRing::new(SIZE, at);
+        self.rings[index] = self.rings[index].afresh(at);
         let ring = &self.rings[index];
         self.front.get_vring_base(index).expect("answered");
         self.front.set_vring_num(index, SIZE).expect("answered");
-        self.front.set_vring_base(index, 0).expect("answered");
+        self.front.set_vring_base(index, ring.base() as u16).expect("answered");
         let data = VringConfigData {
             queue_max_size: SIZE,
             queue_size: SIZE,

@@ -2,10 +2,12 @@
 //!
 //! That nothing outside the guest's memory is touched is held by the pages around each mapping, which nobody may touch.
 
+use std::sync::Arc;
+
 use super::setup::{BUFFERS, FROM_GUEST, RAM, Rig, TO_GUEST, all_features, frame};
 use crate::vhost::driver::{DriverRing, GUEST_BASE};
 use crate::vhost::features::bit;
-use crate::vhost::queue::QueueState;
+use crate::vhost::queue::{Queue, QueueState};
 
 /// Rings full of garbage, each served once, where `SLUICE_CASES` says nothing else.
 const ROUNDS: u64 = 1_000_000;
@@ -118,6 +120,65 @@ fn storm(index: usize, seed: u64, rounds: u64) {
     }
 }
 
+/// The same with packed rings: slots that are mostly the driver's, in the right round and the wrong one.
+fn packed_storm(index: usize, seed: u64, rounds: u64) {
+    let mut random = Random(seed);
+    let mut rig = Rig::new(index, 8, all_features() | bit::EVENT_IDX | bit::RING_PACKED);
+    let frames = [frame(60, 0), frame(1500, 1), frame(300, 2)];
+    let (mut served, mut stops) = (0, std::collections::HashMap::new());
+    for _ in 0..rounds {
+        // Now and then all slots go on to the next.
+        let is_loop = random.below(64) == 0;
+        for entry in 0..8 {
+            let [address @ .., _, _, _, _] = descriptor(&mut random);
+            let id = if random.below(32) == 0 { random.next() as u16 } else { random.below(8) as u16 };
+            let marks = [0x80, 0x80, 0x8000, 0x8000, 0, 0x8080][random.below(6) as usize];
+            let flags = match random.below(8) {
+                _ if is_loop => 1 | if index == TO_GUEST { 2 } else { 0 },
+                0 => random.next() as u16,
+                1 | 2 => 1,
+                3 => 4,
+                4 => 2,
+                5 => 3,
+                _ if index == TO_GUEST => 2,
+                _ => 0,
+            };
+            let slot = [&address[..], &id.to_le_bytes(), &(flags | marks).to_le_bytes()].concat();
+            rig.ram.write(rig.ring.descriptors + 16 * entry, &slot);
+        }
+        rig.ram.write(BUFFERS + random.below(0x1_0000), &descriptor(&mut random));
+        rig.ram.write(rig.ring.available, &random.next().to_le_bytes()[..4]);
+        let before = rig.counted().frames;
+        if index == FROM_GUEST {
+            for got in rig.receive() {
+                rig.pool.give(got);
+            }
+        } else {
+            let some = random.below(4) as usize;
+            let list: Vec<&[u8]> = frames.iter().take(some).map(Vec::as_slice).collect();
+            rig.deliver(&list);
+        }
+        served += rig.counted().frames - before;
+        // A new process finds its place in this, whatever it is.
+        let is_new = random.below(16) == 0;
+        if is_new {
+            rig.queue = Queue::new(index, 1522, Arc::default()).unwrap();
+        }
+        if let QueueState::Stopped(error) = rig.queue.state() {
+            *stops.entry(error.name()).or_insert(0) += 1;
+        }
+        if is_new || rig.queue.state() != QueueState::Running {
+            rig.set_up();
+        }
+        assert_eq!(rig.pool.region().outstanding(), 0);
+    }
+    assert!(served > rounds / 100, "seed {seed}: too few frames got through: {served}");
+    for kind in ["no_such_descriptor", "chain_too_long", "wrong_direction", "bad_indirect", "outside_memory"]
+    {
+        assert!(stops.contains_key(kind), "seed {seed}: never stopped for {kind}: {stops:?}");
+    }
+}
+
 /// A number that may be given.
 fn given(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
@@ -141,4 +202,14 @@ fn garbage_from_the_guest() {
 #[test]
 fn garbage_to_the_guest() {
     storm(TO_GUEST, seed(), rounds() / 2);
+}
+
+#[test]
+fn garbage_from_a_guest_with_packed_rings() {
+    packed_storm(FROM_GUEST, seed(), rounds() / 4);
+}
+
+#[test]
+fn garbage_to_a_guest_with_packed_rings() {
+    packed_storm(TO_GUEST, seed(), rounds() / 4);
 }
