@@ -87,7 +87,6 @@ mod tests {
             (ip_proto::UDP, 108, Cut::Tunnel, 92, true),
             (GRE, 88, Cut::Tunnel, 72, true),
             (ip_proto::UDP, 57, Cut::Tunnel, 41, false),
-            (ip_proto::UDP, 40, Cut::Tunnel, 92, false),
             (ip_proto::TCP, 50, Cut::Unknown, 34, false),
         ] {
             assert_eq!(is_honest(start, at, cut, &headers(proto)), may, "{proto} {at} {cut:?} {start}");
