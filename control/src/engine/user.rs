@@ -39,7 +39,7 @@ use crate::trace::{self, LiveTrace};
 pub use workers::{WorkersPlan, WorkersView};
 
 /// Memory for frames, touched as it is needed: 32 MiB of ordinary ones, 34 MiB of super-frames.
-const LAYOUT: RegionLayout = RegionLayout { small: 16_384, large: 512 };
+pub(super) const LAYOUT: RegionLayout = RegionLayout { small: 16_384, large: 512 };
 /// The longest IP packet of a guest, super-frames apart. What is too long for an uplink is for the guests to find out.
 const MTU: u16 = 9_000;
 

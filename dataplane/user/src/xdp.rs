@@ -42,6 +42,9 @@ pub struct XdpOptions {
     /// Entries of each ring: a power of two. As many chunks wait in the fill ring.
     pub entries: u32,
     /// Whether zero copy is tried first. A driver that has it may reset its queues for it.
+    ///
+    /// Only for drivers that are known to respect the length of a chunk, less the kernel's headroom: [`ONE_CHUNK`]. igb (Linux
+    /// 7.2, as QEMU has it) rounds it down to 1 KiB, and takes the rest of a longer frame for another frame.
     pub zero_copy: bool,
     /// The longest frame that may be sent, in bytes with Ethernet header and tags.
     pub longest: usize,
