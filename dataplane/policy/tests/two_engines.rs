@@ -138,15 +138,19 @@ fn guard_others(scenario: &mut Scenario) {
     }
 }
 
-/// Where the userspace engine knows of the uplink, nothing was learnt behind others in the kernel.
+/// Nothing was learnt behind ports that do not learn, and something is known behind every uplink that guests are sent to by.
 fn learn_behind_uplinks(scenario: &mut Scenario, ids: &Ids, joined: &Joined) {
     let is_direct = |switch: &str| {
         let image = joined.user.image();
         let id = ids.switches.get(switch);
         image.ports.values().any(|port| port.behind == Behind::Uplink && Some(port.config.switch) == id)
     };
+    let learns = |port: &str| {
+        let image = ids.ports.get(port).and_then(|id| joined.kernel.image().ports.get(&id));
+        image.is_some_and(|port| port.config.flags & port_flag::LEARN != 0)
+    };
     for (station, sighting) in &mut scenario.state.fdb {
-        if is_direct(&station.switch) {
+        if is_direct(&station.switch) && !learns(&sighting.port) {
             sighting.port = lower::uplink_port(&station.switch);
         }
     }
@@ -159,8 +163,14 @@ fn learn_behind_uplinks(scenario: &mut Scenario, ids: &Ids, joined: &Joined) {
             }
             VlanMode::Tunnel(vid) => vec![Domain::Service(*vid)],
         };
-        if is_direct(&vnic.switch) {
-            let port = lower::uplink_port(&vnic.switch);
+        // A vNIC that others may be behind, or else the uplink.
+        let uplink = lower::uplink_port(&vnic.switch);
+        let neighbours = scenario.config.vnics.iter().filter(|other| other.switch == vnic.switch);
+        let port = neighbours
+            .map(|other| lower::vnic_port(&other.name))
+            .find(|port| learns(port))
+            .or_else(|| is_direct(&vnic.switch).then_some(uplink));
+        if let Some(port) = port {
             for domain in domains {
                 let station = Station { switch: vnic.switch.clone(), domain, mac: MacAddr(OUTSIDE) };
                 scenario.state.fdb.insert(station, Sighting { port: port.clone(), age_seconds: 1 });
