@@ -56,8 +56,8 @@ pub(super) struct Claim {
     pub(super) backing: Option<Backing>,
     pub(super) hold: Option<Hold>,
     drifts: VecDeque<u64>,
-    /// How often in a row the guest was seen not to use its VF.
-    pub(super) idle_looks: u32,
+    /// Since when the guest is seen not to use its VF.
+    pub(super) idle_since: Option<u64>,
     /// When the VF stopped passing packets in this transition, if it did before the software path was ready.
     pub(super) dark_since: Option<u64>,
     /// The path and reason that were last told.
@@ -81,7 +81,7 @@ impl Claim {
             backing: None,
             hold: None,
             drifts: VecDeque::new(),
-            idle_looks: 0,
+            idle_since: None,
             dark_since: None,
             told,
         }

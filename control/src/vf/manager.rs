@@ -36,8 +36,8 @@ use crate::events::Severity;
 
 /// Commands that follow from one event, at most: a lifecycle goes round in far fewer.
 const COMMANDS_MAX: usize = 64;
-/// Looks in a row at a guest that does not use its VF, before that is taken back.
-const IDLE_LOOKS_MAX: u32 = 3;
+/// How long a guest may leave its VF unused, in milliseconds, before it is taken back: a bond that changes slaves does.
+const IDLE_MAX: u64 = 2_000;
 /// Looks between those at rules that are not ours.
 const FOREIGN_LOOKS: u64 = 10;
 /// Stations behind the uplink that programs in switchdev mode lead to.

@@ -238,15 +238,15 @@ impl Manager {
         let pf = self.pf();
         let Some(claim) = self.claims.get_mut(name) else { return };
         if claim.lifecycle.path() != Path::Hardware {
-            claim.idle_looks = 0;
+            claim.idle_since = None;
             return;
         }
         let candidate = claim.candidate(&pf);
-        claim.idle_looks = match claim.plug.is_active(&candidate) {
-            Ok(true) => 0,
-            Ok(false) | Err(_) => claim.idle_looks + 1,
+        claim.idle_since = match claim.plug.is_active(&candidate) {
+            Ok(true) => None,
+            Ok(false) | Err(_) => claim.idle_since.or(Some(now)),
         };
-        if claim.idle_looks >= IDLE_LOOKS_MAX {
+        if claim.idle_since.is_some_and(|since| now.saturating_sub(since) >= IDLE_MAX) {
             claim.drifted(now);
             self.send(now, name, Event::Revoke("the guest no longer uses it".to_owned()));
         }

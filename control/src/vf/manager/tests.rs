@@ -257,6 +257,24 @@ fn drift_is_put_right_or_the_vf_is_taken() {
 }
 
 #[test]
+fn a_guest_may_leave_its_vf_for_a_moment_but_not_for_good() {
+    let mut bench = Bench::new(1);
+    bench.apply(&[vnic(1, CLAIM)]);
+    bench.run(200);
+    for _ in 0..3 {
+        *bench.guest.temper.lock() = Temper::Sleeps;
+        bench.run(1_900);
+        assert_eq!(bench.path("vm1").path(), At::Hardware, "{}", bench.events());
+        *bench.guest.temper.lock() = Temper::Willing;
+        bench.run(200);
+    }
+    *bench.guest.temper.lock() = Temper::Sleeps;
+    bench.run(2_300);
+    assert_ne!(bench.path("vm1").path(), At::Hardware);
+    assert!(bench.events().contains("the guest no longer uses it"), "{}", bench.events());
+}
+
+#[test]
 fn a_policy_that_outgrows_the_nic_goes_back_to_software() {
     let mut bench = Bench::new(1);
     bench.apply(&[vnic(1, CLAIM)]);
@@ -312,7 +330,7 @@ fn a_guest_that_does_not_come_is_not_waited_for() {
         bench.run(8_000);
         assert_eq!(bench.path("vm1").path(), At::Hardware, "{temper:?}");
         *bench.guest.temper.lock() = Temper::Sleeps;
-        bench.run(1_000);
+        bench.run(2_500);
         assert_eq!(bench.path("vm1").path(), At::Attaching, "it was taken back and is offered anew");
     }
 }
