@@ -31,7 +31,8 @@ impl Drop for Running {
 /// When ping cannot run.
 pub fn pings_answered(from: &Netns, target: &str, count: u32) -> Result<u32> {
     let count_text = count.to_string();
-    let output = from.attempt(&["ping", "-n", "-c", &count_text, "-i", "0.05", "-W", "1", target])?;
+    // Once it has an answer, ping waits for the last one no longer than an interval: time enough for a busy machine.
+    let output = from.attempt(&["ping", "-n", "-c", &count_text, "-i", "0.2", "-W", "1", target])?;
     let text = String::from_utf8_lossy(&output.stdout);
     let summary = text.lines().find(|line| line.contains("packets transmitted"));
     let received = summary.and_then(|line| line.split(", ").nth(1)?.split(' ').next()?.parse().ok());
