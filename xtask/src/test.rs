@@ -18,8 +18,8 @@ const FUZZ_SECONDS: u64 = 5;
 /// All but the end-to-end suites, and the lab's own tests, which take time too.
 const QUICK: &str =
     "(not (package(sluice-tests) & kind(test)) or binary(conformance)) and not test(/in_the_lab$/)";
-/// All but what boots the SR-IOV lab.
-const WITHOUT_LAB: &str = "not test(/in_the_lab$/)";
+/// All but what boots the SR-IOV lab, or guests with its kernel.
+const WITHOUT_LAB: &str = "not test(/in_the_lab$/) and not test(/real_guest/)";
 
 /// Programs that the end-to-end suites and the demo call.
 pub(crate) const NETWORK_TOOLS: [Need; 7] = [
@@ -82,7 +82,7 @@ pub(crate) fn test(quick: bool, without_lab: bool, extra: &[String]) -> Result<(
             // One at a time: the suites share the machine's two or more cores and must not disturb each other.
             command.args(["--", "--test-threads=1"]).args(extra).env("SLUICE_XTASK", own);
             if without_lab {
-                command.args(["--skip", "in_the_lab"]);
+                command.args(["--skip", "in_the_lab", "--skip", "real_guest"]);
             }
             run(&mut command)
         }
