@@ -139,6 +139,13 @@ impl SplitRing {
         prefetch(self.descriptors.as_ptr().wrapping_add(usize::from(index & self.mask)), Access::Read);
     }
 
+    /// Brings the entry of the available ring near, and those that share its cache line.
+    #[inline]
+    pub(super) fn prefetch_available(&self, position: u16) {
+        let at = self.available.as_ptr().wrapping_add(2 + usize::from(position & self.mask));
+        prefetch(at, Access::Read);
+    }
+
     /// Brings the entry of the used ring near, and those that share its cache line.
     #[inline]
     pub(super) fn prefetch_used(&self, position: u16) {

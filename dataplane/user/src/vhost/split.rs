@@ -11,6 +11,7 @@ use super::log::DirtyLog;
 use super::memory::{Access, CACHE_LINE, GuestMemory};
 use super::ring::{DESCRIPTOR, Descriptor, INDIRECT, NEXT, SplitRing};
 use super::virtqueue::{Position, Virtqueue};
+use crate::port::BATCH;
 
 /// Bytes of an entry of the used ring.
 const USED: usize = 8;
@@ -151,12 +152,19 @@ impl Virtqueue for Split {
         Ok(Some((head, walker.bytes())))
     }
 
-    /// Drivers use descriptors one behind the other for the most part: four of them come at once.
+    /// Drivers use descriptors one behind the other for the most part: four of them come at once, and those of the next batch can
+    /// be told.
     #[inline]
     fn approach(&self, chains: u16) {
         let waiting = chains.min(self.limit.wrapping_sub(self.available));
+        if waiting == 0 {
+            return;
+        }
+        let first = self.ring.head(self.available);
+        self.ring.prefetch_available(self.available.wrapping_add(2 * BATCH as u16));
         for ahead in (0..waiting).step_by(CACHE_LINE / DESCRIPTOR) {
             self.ring.prefetch_descriptor(self.ring.head(self.available.wrapping_add(ahead)));
+            self.ring.prefetch_descriptor(first.wrapping_add(ahead + BATCH as u16));
         }
         for ahead in (0..waiting).step_by(CACHE_LINE / USED) {
             self.ring.prefetch_used(self.used.wrapping_add(ahead));
