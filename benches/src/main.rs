@@ -36,6 +36,8 @@ enum Lane {
     Vhost,
     /// The userspace engine, OVS and testpmd, on AF_XDP between veth guests.
     Xdp,
+    /// The userspace engine between guests with IP stacks, with and without offloads.
+    Tcp,
 }
 
 /// Compare Sluice with its peers.
@@ -88,6 +90,7 @@ fn main() -> Result<()> {
     let user: Vec<&'static user::Setup> = user::SETUPS
         .iter()
         .filter(|setup| arguments.has(setup.lane.into()) && arguments.has_setup(setup.name))
+        .filter(|setup| setup.lane != user::report::Lane::Tcp || arguments.tcp_seconds > 0)
         .collect();
     known(&arguments.only)?;
     ensure!(!kernel.is_empty() || !user.is_empty(), "the lanes have none of these set-ups");
@@ -97,8 +100,8 @@ fn main() -> Result<()> {
 
     let mut meets_goals = true;
     if !user.is_empty() {
-        let Arguments { rounds, seconds, flows, .. } = arguments;
-        let report = user::measure(&user, &user::Options { rounds, seconds, flows })?;
+        let Arguments { rounds, seconds, flows, tcp_seconds, .. } = arguments;
+        let report = user::measure(&user, &user::Options { rounds, seconds, flows, tcp_seconds })?;
         print!("{report}");
         println!("results: {}\n", report::save(&report, "user", &arguments.out)?.display());
         meets_goals &= report.meets_goals();
@@ -118,6 +121,7 @@ impl From<user::report::Lane> for Lane {
         match lane {
             user::report::Lane::Vhost => Lane::Vhost,
             user::report::Lane::Xdp => Lane::Xdp,
+            user::report::Lane::Tcp => Lane::Tcp,
         }
     }
 }

@@ -82,7 +82,7 @@ pub(crate) fn last_cpu() -> Result<usize> {
 }
 
 /// Keeps this thread, and the packets that it sends all the way to where they end or change hands, on one CPU.
-fn pin_to(cpu: usize) -> Result<()> {
+pub(crate) fn pin_to(cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu)?;
     sched_setaffinity(Pid::from_raw(0), &set).context("pinning a thread")

@@ -16,12 +16,13 @@ mod policy;
 mod process;
 pub(crate) mod report;
 mod sluice;
+mod tcp;
 mod testpmd;
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use sluice_tests::Netns;
 use sluice_user::vhost::Mode;
 use tempfile::TempDir;
@@ -32,8 +33,9 @@ use crate::world::World;
 use hugepages::HugePages;
 use ovs::Ovs;
 use policy::Rules;
-use report::{Lane, Report};
+use report::{Lane, Report, Row};
 use sluice::Sluice;
+use tcp::Guests;
 use testpmd::{Guest, Wire};
 
 /// Where frames are generated.
@@ -53,6 +55,8 @@ enum Switch {
     Ovs { has_policy: bool },
     /// Sluice's userspace engine, with so many rules.
     Sluice { rules: usize },
+    /// The same, between guests with IP stacks.
+    Stacks { has_offloads: bool },
 }
 
 /// A set-up.
@@ -71,13 +75,15 @@ pub(crate) const SLUICE_RULES: &str = "sluice-user-10";
 pub(crate) const XDP_WIRE: &str = "xsk-testpmd-io";
 pub(crate) const XDP_OVS: &str = "xsk-ovs";
 pub(crate) const XDP_SLUICE: &str = "xsk-sluice";
+pub(crate) const TCP_PLAIN: &str = "tcp-plain";
+pub(crate) const TCP_OFFLOADS: &str = "tcp-offloads";
 
 const fn setup(name: &'static str, lane: Lane, switch: Switch) -> Setup {
     Setup { name, lane, switch }
 }
 
 /// All set-ups, in the order in which a round takes them.
-pub(crate) const SETUPS: [Setup; 8] = [
+pub(crate) const SETUPS: [Setup; 10] = [
     setup(WIRE, Lane::Vhost, Switch::Wire),
     setup(OVS, Lane::Vhost, Switch::Ovs { has_policy: false }),
     setup(SLUICE, Lane::Vhost, Switch::Sluice { rules: 0 }),
@@ -86,6 +92,8 @@ pub(crate) const SETUPS: [Setup; 8] = [
     setup(XDP_WIRE, Lane::Xdp, Switch::Wire),
     setup(XDP_OVS, Lane::Xdp, Switch::Ovs { has_policy: false }),
     setup(XDP_SLUICE, Lane::Xdp, Switch::Sluice { rules: 0 }),
+    setup(TCP_PLAIN, Lane::Tcp, Switch::Stacks { has_offloads: false }),
+    setup(TCP_OFFLOADS, Lane::Tcp, Switch::Stacks { has_offloads: true }),
 ];
 
 /// How much is measured.
@@ -94,6 +102,7 @@ pub(crate) struct Options {
     pub(crate) rounds: u32,
     pub(crate) seconds: f64,
     pub(crate) flows: u16,
+    pub(crate) tcp_seconds: u32,
 }
 
 /// A switch that runs; dropped, it ends.
@@ -124,16 +133,31 @@ pub(crate) fn measure(setups: &[&'static Setup], options: &Options) -> Result<Re
     for round in 1..=options.rounds {
         eprintln!("round {round} of {}", options.rounds);
         for setup in setups {
-            let rates = match setup.lane {
-                Lane::Vhost => rings(setup, options),
-                Lane::Xdp => xdp_sockets(setup, options),
-            };
-            let rates = rates.with_context(|| format!("measuring {}", setup.name))?;
-            report.row(setup.name).add(rates);
+            measure_one(setup, options, report.row(setup.name))
+                .with_context(|| format!("measuring {}", setup.name))?;
         }
     }
     report.finish()?;
     Ok(report)
+}
+
+fn measure_one(setup: &Setup, options: &Options, row: &mut Row) -> Result<()> {
+    match setup.switch {
+        Switch::Stacks { has_offloads } => row.add_stream(stacks(has_offloads, options.tcp_seconds)?),
+        Switch::Wire | Switch::Ovs { .. } | Switch::Sluice { .. } => {
+            let between = if setup.lane == Lane::Xdp { xdp_sockets } else { rings };
+            row.add(between(setup, options)?);
+        }
+    }
+    Ok(())
+}
+
+/// Gbit/s of a stream between guests with IP stacks.
+fn stacks(has_offloads: bool, seconds: u32) -> Result<f64> {
+    let folder = folder()?;
+    let switch = Sluice::between_rings(folder.path(), Mode::Server, &Rules::new(0)?)?;
+    let stream = || Guests::start(folder.path(), has_offloads)?.stream(seconds);
+    stream().with_context(|| switch.describe())
 }
 
 /// Rates with one flow, and with many, between guests' rings.
@@ -151,6 +175,7 @@ fn rings(setup: &Setup, options: &Options) -> Result<[f64; 2]> {
             let rules = Rules::new(rules)?;
             Running::Sluice { switch: Sluice::between_rings(path, Mode::Client, &rules)? }
         }
+        Switch::Stacks { .. } => bail!("{} is measured by streams", setup.name),
     };
     let measure = |flows| -> Result<f64> {
         let mut guest = Guest::start(&netns, path, flows)?;
@@ -176,6 +201,7 @@ fn xdp_sockets(setup: &Setup, options: &Options) -> Result<[f64; 2]> {
             let rules = Rules::new(rules)?;
             Running::Sluice { switch: Sluice::between_sockets(&world.host, interfaces, &rules)? }
         }
+        Switch::Stacks { .. } => bail!("{} is measured by streams", setup.name),
     };
     let measure = |flows| -> Result<f64> {
         Ok(measure::rate(&world, Kind::Xdp, flows, options.seconds, GENERATOR_CPU)?.mpps)

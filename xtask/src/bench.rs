@@ -20,6 +20,8 @@ pub(crate) enum Lane {
     Vhost,
     /// The userspace engine, OVS and testpmd, on AF_XDP between veth guests.
     Xdp,
+    /// The userspace engine between guests with IP stacks, with and without offloads.
+    Tcp,
 }
 
 impl Lane {
@@ -28,6 +30,7 @@ impl Lane {
             Lane::Kernel => "kernel",
             Lane::Vhost => "vhost",
             Lane::Xdp => "xdp",
+            Lane::Tcp => "tcp",
         }
     }
 

@@ -6,7 +6,9 @@ use std::fmt;
 use anyhow::Result;
 use serde::Serialize;
 
-use super::{OVS, OVS_RULES, SLUICE, SLUICE_RULES, Setup, XDP_OVS, XDP_SLUICE, XDP_WIRE};
+use super::{
+    OVS, OVS_RULES, SLUICE, SLUICE_RULES, Setup, TCP_OFFLOADS, TCP_PLAIN, XDP_OVS, XDP_SLUICE, XDP_WIRE,
+};
 use crate::report::{Goal, Machine, cell, middle};
 
 /// What a set-up is measured with.
@@ -16,13 +18,16 @@ pub(crate) enum Lane {
     Vhost,
     /// AF_XDP on veth.
     Xdp,
+    /// Guests' rings, with IP stacks behind them.
+    Tcp,
 }
 
-/// Samples of one set-up, one per round: millions of frames per second.
+/// Samples of one set-up, one per round: millions of frames per second, and Gbit/s.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Row {
     one_flow: Vec<f64>,
     many_flows: Vec<f64>,
+    tcp: Vec<f64>,
 }
 
 impl Row {
@@ -30,6 +35,11 @@ impl Row {
     pub(crate) fn add(&mut self, [one, many]: [f64; 2]) {
         self.one_flow.push(one);
         self.many_flows.push(many);
+    }
+
+    /// One stream of TCP.
+    pub(crate) fn add_stream(&mut self, gbits: f64) {
+        self.tcp.push(gbits);
     }
 }
 
@@ -76,6 +86,11 @@ impl Report {
             ),
             ("AF_XDP: 64 B rate, times OVS's", 1.2, self.ratio(XDP_SLUICE, XDP_OVS, one)),
             ("AF_XDP: 64 B rate, part of testpmd's io-forward", 0.95, self.ratio(XDP_SLUICE, XDP_WIRE, one)),
+            (
+                "TCP between guests: with offloads, times without",
+                2.0,
+                self.ratio(TCP_OFFLOADS, TCP_PLAIN, |row| row.tcp.clone()),
+            ),
         ];
         self.goals = Goal::measured(goals);
         Ok(())
@@ -98,8 +113,12 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "\n{}", self.machine)?;
         let many = format!("{} fl.", self.flows);
-        writeln!(f, "{:<16}|{:>8} {:>8} |{:>8} {:>8}", "", "64 B", "times", many, "times")?;
-        writeln!(f, "{:<16}|{:>8} {:>8} |{:>8} {:>8}", "medians", "Mpps", "OVS", "Mpps", "OVS")?;
+        writeln!(f, "{:<16}|{:>8} {:>8} |{:>8} {:>8} |{:>8}", "", "64 B", "times", many, "times", "TCP")?;
+        writeln!(
+            f,
+            "{:<16}|{:>8} {:>8} |{:>8} {:>8} |{:>8}",
+            "medians", "Mpps", "OVS", "Mpps", "OVS", "Gbit/s"
+        )?;
         for setup in &self.order {
             let Some(row) = self.setups.get(setup.name) else { continue };
             let peer = match setup.name {
@@ -110,12 +129,13 @@ impl fmt::Display for Report {
             let ratio = |samples: fn(&Row) -> Vec<f64>| cell(self.ratio(setup.name, peer, samples), 2);
             writeln!(
                 f,
-                "{:<16}|{:>8} {:>8} |{:>8} {:>8}",
+                "{:<16}|{:>8} {:>8} |{:>8} {:>8} |{:>8}",
                 setup.name,
                 cell(middle(&row.one_flow), 2),
                 ratio(|row| row.one_flow.clone()),
                 cell(middle(&row.many_flows), 2),
                 ratio(|row| row.many_flows.clone()),
+                cell(middle(&row.tcp), 2),
             )?;
         }
         writeln!(f)?;
