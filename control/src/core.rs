@@ -20,7 +20,7 @@ use sluice_policy::lower;
 use sluice_proto::v1;
 use tokio::sync::watch;
 
-use crate::engine::{DataPlane, Wake};
+use crate::engine::{self, DataPlane, Wake};
 use crate::error::Error;
 use crate::events::{EventLog, Severity};
 use crate::resource::Key;
@@ -233,8 +233,9 @@ impl Core {
             let known: &[String] = before.map_or(&[], |before| &before.notes);
             // Of what is no interface, notes say what its guest can do, not what it lacks.
             let is_rings = port.netdev.is_empty();
-            let severity = if is_rings { Severity::Info } else { Severity::Warning };
             for note in port.notes.iter().filter(|note| !known.contains(note)) {
+                let is_fine = is_rings || engine::is_fine(note);
+                let severity = if is_fine { Severity::Info } else { Severity::Warning };
                 self.events.note(severity, format!("{name}: {note}"));
             }
             if before.is_some_and(|before| before.state == port.state && before.ifindex == port.ifindex) {

@@ -29,6 +29,11 @@ pub use wires::{Steer, Wire, WireReport};
 /// Tells the owner of an engine that something has changed by itself: a pass is due. Called from any thread.
 pub type Wake = Arc<dyn Fn() + Send + Sync>;
 
+/// Whether a note about a port says how it is served, and not what is amiss.
+pub fn is_fine(note: &str) -> bool {
+    note.starts_with(wires::SERVED)
+}
+
 /// What the engine found when it was opened, in words for the event log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Adoption {
@@ -43,7 +48,7 @@ pub struct Adoption {
 pub struct FrameUse {
     /// All chunks.
     pub total: u64,
-    /// Those that hold a frame: in hand, or waiting in a queue.
+    /// Those that hold a frame: in hand, or waiting in a queue; or lent to the kernel, for an AF_XDP socket to receive into.
     pub in_use: u64,
 }
 

@@ -207,6 +207,9 @@ fn open_queue(running: &Running, wire: &Wire, number: u32) -> Result<XdpQueue, W
     Ok(queue)
 }
 
+/// What the note of an uplink with sockets begins with.
+pub(super) const SERVED: &str = "guests with rings: ";
+
 /// What is to be said of an uplink without sockets.
 pub(super) fn by_tap(reason: &str) -> String {
     format!("its frames for guests with rings take the tap: {reason}")
@@ -241,7 +244,7 @@ impl Open {
     }
 
     fn notes(&self) -> Vec<String> {
-        let mut first = format!("guests with rings: {}", self.how());
+        let mut first = format!("{SERVED}{}", self.how());
         if let Some(reason) = &self.rest {
             first.push_str(&format!(" of {}; the others take the tap: {reason}", self.wire.queues));
         }
