@@ -45,7 +45,8 @@ pub(super) struct Tables {
     pub(super) ports: Vec<Option<PortEntry>>,
     /// By id.
     pub(super) switches: Vec<Option<SwitchConfig>>,
-    pub(super) macs: Map<MacKey, u32>,
+    /// By [`MacKey`], taken as a word: hashed in one step.
+    pub(super) macs: Map<u64, u32>,
     pub(super) ip_guard: HashSet<IpGuardKey, FixedState>,
     pub(super) flood: Map<FloodKey, FloodChunk>,
     pub(super) groups: Map<u32, Arc<Group>>,
@@ -98,7 +99,7 @@ impl Tables {
             epoch,
             ports: dense(ports),
             switches: dense(image.switches.iter().map(|(&id, switch)| (id, *switch))),
-            macs: image.macs.iter().map(|(&key, &port)| (key, port)).collect(),
+            macs: image.macs.iter().map(|(&key, &port)| (bytemuck::cast::<MacKey, u64>(key), port)).collect(),
             ip_guard: image.ip_guard.iter().copied().collect(),
             flood: image.flood.iter().map(|(&key, &chunk)| (key, chunk)).collect(),
             groups: image.groups.iter().map(group).collect(),
