@@ -73,8 +73,7 @@ impl Core {
         }
         let wanted = |counters: &&v1::VfCounters| only.is_none_or(|vnic| vnic.name == counters.vnic);
         let frames = self.engine.frames().filter(|_| only.is_none());
-        answer.frames =
-            frames.map(|frames| v1::FrameCounters { total: frames.total, in_use: frames.in_use });
+        answer.frames = frames.map(|frames| v1::FrameCounters { total: frames.total, in_use: frames.in_use });
         answer.vfs = self.vfs.counters().filter(wanted).cloned().collect();
         Ok(answer)
     }
