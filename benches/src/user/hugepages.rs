@@ -6,6 +6,8 @@ use std::sync::Mutex;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{SigSet, Signal};
 
+use crate::priority;
+
 const KNOB: &str = "/proc/sys/vm/nr_hugepages";
 /// Pages of two megabytes: for a generator, and for a peer.
 const WANTED: u64 = 1024;
@@ -60,6 +62,8 @@ fn give_back_when_interrupted() -> Result<()> {
     std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
         if signals.wait().is_ok() {
             give_back();
+            priority::give_back();
+            // Namespaces and folders are swept up by the next bench; programs die with us.
             std::process::exit(130);
         }
     })?;
