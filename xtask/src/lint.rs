@@ -38,13 +38,14 @@ const ARROWS: [(&str, &[&str]); 11] = [
 ];
 
 /// The modules that may hold `unsafe` code; their crates deny it elsewhere, every other crate forbids it.
-const UNSAFE_MODULES: [&str; 15] = [
+const UNSAFE_MODULES: [&str; 16] = [
     "benches/src/bpf.rs",
     "dataplane/eswitch/src/nic/firmware.rs",
     "dataplane/eswitch/src/probe/packet.rs",
     "dataplane/kernel/src/ethtool.rs",
     "dataplane/kernel/src/syscall.rs",
     "dataplane/user/src/frame/buffer.rs",
+    "dataplane/user/src/hint.rs",
     "dataplane/user/src/tap/sys.rs",
     "dataplane/user/src/vhost/memory.rs",
     "dataplane/user/src/vhost/notify/bell.rs",

@@ -9,6 +9,7 @@ mod bulk;
 mod counters;
 mod egress;
 mod fdb;
+mod flows;
 mod honest;
 mod outgoing;
 mod processor;

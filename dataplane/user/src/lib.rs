@@ -8,6 +8,7 @@
 
 pub mod engine;
 pub mod frame;
+mod hint;
 pub mod memory;
 pub mod offload;
 pub mod port;

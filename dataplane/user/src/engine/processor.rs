@@ -1,6 +1,7 @@
 //! What one worker has: batches through the pipeline, in three passes.
 //!
-//! Headers are brought near, each frame is decided on and rewritten, and what leaves is sent port by port.
+//! Headers are brought near, each frame is decided on, by its flow if that is known, and rewritten, and what leaves is sent
+//! port by port.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use super::bulk::BulkSenders;
 use super::counters::Counters;
 use super::egress::Egress;
 use super::fdb::FdbCopies;
+use super::flows::{Flow, Flows, Key};
 use super::honest::is_honest;
 use super::outgoing::Outgoing;
 use super::tables::Tables;
@@ -19,7 +21,7 @@ use super::verdicts::Verdicts;
 use super::view::{Header, Own, View};
 use super::{Engine, Shared};
 use crate::frame::{Frame, Pool, Region};
-use crate::port::Batch;
+use crate::port::{BATCH, Batch};
 
 /// A worker's half of the engine. For one thread.
 #[derive(Debug)]
@@ -29,6 +31,7 @@ pub struct Processor {
     tables: Option<Cache<Arc<ArcSwap<Tables>>, Arc<Tables>>>,
     counters: Arc<Counters>,
     own: Own,
+    flows: Flows,
     pool: Pool,
     outgoing: Outgoing,
     copies: Copies,
@@ -49,6 +52,7 @@ impl Processor {
                 copies: RefCell::new(FdbCopies::new()),
                 bulk: RefCell::new(BulkSenders::new()),
             },
+            flows: Flows::new(),
             pool: Pool::new(region),
             outgoing: Outgoing::new(),
             copies: Copies::default(),
@@ -86,7 +90,7 @@ impl Processor {
     /// changes workers: by that of the same number, as guests expect of answers; or, if the port they came from has but one
     /// way out itself, by as many further as its number says, so that not all such ports use the same.
     pub fn process_queue(&mut self, ingress: u32, queue: u16, batch: &mut Batch, now: u64) {
-        let Processor { shared, tables, counters, own, pool, outgoing, copies } = self;
+        let Processor { shared, tables, counters, own, flows, pool, outgoing, copies } = self;
         let tables: &Tables = tables.get_or_insert_with(|| Cache::new(Arc::clone(&shared.published))).load();
         let seconds = (now / 1_000_000_000) as u32;
         let view = View { tables, fdb: &shared.fdb, buckets: &shared.buckets, counters, own, now, seconds };
@@ -94,8 +98,25 @@ impl Processor {
             frame.prefetch();
             own.bulk.borrow_mut().note(ingress, frame.offload(), seconds);
         }
-        for mut frame in batch.drain() {
+        let mut keys = [None; BATCH];
+        if flows.are_kept_of(tables, ingress) {
+            for (key, frame) in keys.iter_mut().zip(batch.frames()) {
+                *key = Key::of(frame, ingress, tables.epoch);
+                flows.prefetch(key);
+            }
+        }
+        for (mut frame, key) in batch.drain().zip(keys.into_iter().chain(std::iter::repeat(None))) {
             let length = frame.len() as u32;
+            if let Some(flow) = key.and_then(|key| flows.get(&key)) {
+                flow.count(counters, ingress, length);
+                if flow.tag.is_some() && !rewrite(&mut frame, false, flow.tag) {
+                    counters.count_drops(flow.port, DropReason::EgressFailed, 1);
+                    pool.give(frame);
+                } else {
+                    outgoing.push(flow.port, frame);
+                }
+                continue;
+            }
             let mut context = Context::default();
             let verdict = decide(&Header::of(frame.bytes()), &view, ingress, length, &mut context);
             match verdict {
@@ -105,6 +126,11 @@ impl Processor {
                     pool.give(frame);
                 }
                 Verdict::Unicast(delivery) => {
+                    if let Some(key) = key
+                        && let Some(flow) = Flow::of(tables, &context, &delivery)
+                    {
+                        flows.put(&key, flow);
+                    }
                     if rewrite(&mut frame, context.strip, delivery.tag) {
                         outgoing.push(delivery.port, frame);
                     } else {

@@ -106,6 +106,12 @@ impl Tables {
         }
     }
 
+    /// The port that has a static address.
+    #[inline(always)]
+    pub(super) fn owner(&self, key: &MacKey) -> Option<u32> {
+        self.macs.get(&bytemuck::cast::<MacKey, u64>(*key)).copied()
+    }
+
     #[inline(always)]
     pub(super) fn port(&self, id: u32) -> Option<&PortEntry> {
         self.ports.get(id as usize)?.as_ref()

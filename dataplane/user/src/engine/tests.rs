@@ -13,6 +13,8 @@ use sluice_policy::image::{Binding, Bindings, Image};
 use sluice_policy::lower::{assign_ids, lower, ports};
 use sluice_policy::net::MacAddr;
 
+mod flows;
+
 use super::fdb::{Fdb, FdbCopies, Learnt};
 use super::*;
 use crate::frame::{Checksum, Frame, Gso, GsoKind, Offload, Pool, Region, RegionLayout};

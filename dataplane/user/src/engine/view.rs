@@ -106,7 +106,7 @@ impl PipelineTables for View<'_> {
 
     #[inline(always)]
     fn vnic_mac(&self, key: &MacKey) -> Option<u32> {
-        self.tables.macs.get(&bytemuck::cast::<MacKey, u64>(*key)).copied()
+        self.tables.owner(key)
     }
 
     #[inline(always)]

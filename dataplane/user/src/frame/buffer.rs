@@ -15,6 +15,7 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, m
 use parking_lot::Mutex;
 
 use super::{LARGE_CHUNK, SMALL_CHUNK};
+use crate::hint::{Access, prefetch};
 
 /// How many chunks a region has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -222,14 +223,7 @@ impl Chunk {
 
     #[inline]
     pub(super) fn prefetch(&self, offset: usize) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a hint that never faults.
-        unsafe {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            _mm_prefetch(self.start.as_ptr().wrapping_add(offset).cast(), _MM_HINT_T0);
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = offset;
+        prefetch(self.start.as_ptr().wrapping_add(offset), Access::Read);
     }
 }
 

@@ -19,6 +19,7 @@ use rustix::fs::{FileType, fstat, fstatfs};
 use super::error::MemoryError;
 use super::header::MAX_HEADER;
 use super::sigbus::Registration;
+pub(super) use crate::hint::{Access, CACHE_LINE, prefetch};
 
 const PAGE: u64 = 4096;
 /// The largest page that a file may be made of.
@@ -405,35 +406,6 @@ impl GuestMemory {
         }
         Ok(())
     }
-}
-
-/// What memory is brought near for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Access {
-    Read,
-    /// Other cores lose their copies at once, not when it is written.
-    Write,
-}
-
-/// Bytes that come together.
-pub(super) const CACHE_LINE: usize = 64;
-
-/// A hint; it never faults.
-#[inline(always)]
-pub(super) fn prefetch<T>(at: *const T, access: Access) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch has no effect that a program could see, whatever the address. Processors that have no such instruction
-    // for writing take it for none at all.
-    unsafe {
-        match access {
-            Access::Read => std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast()),
-            Access::Write => {
-                std::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags, readonly));
-            }
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (at, access);
 }
 
 /// Copies bytes. Headers and short frames are copied in place: for them, a call costs as much as the copy.

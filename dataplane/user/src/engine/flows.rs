@@ -1,0 +1,193 @@
+//! A worker's flow cache: what the pipeline made of a frame of a flow, for as long as the tables stay as they are. It stands in
+//! front of the pipeline, and spares it for what most traffic is: whole, untagged TCP and UDP over IPv4 between vNICs.
+//!
+//! It changes no verdict. What the pipeline makes of such a frame depends on the tables and on the fields of a [`Key`] alone,
+//! and only where nothing else has a say is it kept: the frame passed, nothing was learnt or looked up in the FDB, no bucket
+//! was asked. A frame has a key only if its lengths are as `sluice_pipeline::parse` demands, since other frames of the flow
+//! may lie about theirs. All else goes through the pipeline, and so does the first frame of a flow in each epoch.
+//!
+//! Two entries of a cache line each may hold a flow, side by side; the older one goes.
+
+use sluice_pipeline::tables::{Direction, MacKey, NO_RULE, PortConfig, fact, port_flag};
+use sluice_pipeline::{Context, Delivery, Headers, Tag, ip_proto};
+
+use super::counters::{Counters, add};
+use super::honest::is_honest;
+use super::tables::Tables;
+use crate::frame::{Checksum, Frame};
+use crate::hint::{Access, prefetch};
+
+/// Entries. A power of two.
+const ENTRIES: usize = 8192;
+/// Bytes that a key is made of, at the frame's start: to the end of TCP's flags.
+const WINDOW: usize = 48;
+/// Offset of the network and of the transport header.
+const L3: usize = 14;
+const L4: usize = 34;
+/// Version 4, five words of header.
+const PLAIN_IPV4: u8 = 0x45;
+/// More fragments, and the fragment's offset.
+const FRAGMENT: u16 = 0x3fff;
+
+/// What the pipeline goes by in a frame of a flow, and in which tables: addresses, ports, protocol, TCP flags; ingress port, epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Key([u64; 5]);
+
+impl Key {
+    /// The key of a frame that is plain in all that a key does not say; `None` for any other.
+    #[inline]
+    pub(super) fn of(frame: &Frame, ingress: u32, epoch: u64) -> Option<Key> {
+        let bytes = frame.bytes();
+        let header: &[u8; WINDOW] = bytes.first_chunk()?;
+        let half = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
+        let word = |at: usize| header[at..].first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
+        if half(12) != 0x0800 || header[L3] != PLAIN_IPV4 || half(20) & FRAGMENT != 0 {
+            return None;
+        }
+        let total = usize::from(half(16));
+        let payload = total.checked_sub(L4 - L3).filter(|_| total <= bytes.len() - L3)?;
+        let proto = header[23];
+        let flags = match proto {
+            ip_proto::TCP => {
+                let length = usize::from(header[46] >> 4) * 4;
+                if length < 20 || length > payload {
+                    return None;
+                }
+                header[47]
+            }
+            ip_proto::UDP => {
+                let length = usize::from(half(38));
+                if length < 8 || length > payload {
+                    return None;
+                }
+                0
+            }
+            _ => return None,
+        };
+        if matches!(frame.offload().checksum, Checksum::Partial { .. })
+            && !is_honest(frame.offload(), &headers(proto))
+        {
+            return None;
+        }
+        let ports = word(L4) & u64::from_ne_bytes([0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]);
+        let kind = u64::from_ne_bytes([0, 0, 0, 0, proto, flags, 0, 0]);
+        let tables = u64::from(ingress) << 32 | epoch & 0xffff_ffff;
+        Some(Key([word(0), word(6), word(26), ports | kind, tables]))
+    }
+
+    /// Multiplications to 128 bits, folded.
+    #[inline]
+    fn place(&self) -> usize {
+        const A: u64 = 0x9e37_79b9_7f4a_7c15;
+        const B: u64 = 0xc2b2_ae3d_27d4_eb4f;
+        let fold = |a: u64, b: u64| {
+            let product = u128::from(a) * u128::from(b);
+            product as u64 ^ (product >> 64) as u64
+        };
+        let [a, b, c, d, e] = self.0;
+        let hash = fold(fold(a ^ A, b ^ B) ^ e, fold(c ^ B, d ^ A) ^ A);
+        hash as usize % ENTRIES
+    }
+}
+
+/// What of the headers matters to an offload, of a frame that has a key.
+#[cold]
+fn headers(proto: u8) -> Headers {
+    let mut headers = Headers { l3: L3 as u32, l4: L4 as u32, ..Headers::default() };
+    headers.key.facts = fact::IP | fact::L4;
+    headers.key.proto = proto;
+    headers
+}
+
+/// Where the frames of a flow go, and what is counted.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Flow {
+    pub(super) port: u32,
+    /// The tag that they get, or [`Tag::NONE`].
+    pub(super) tag: Tag,
+    /// Counters of the rules that let them pass, or [`NO_RULE`].
+    rules: [u32; 2],
+}
+
+impl Flow {
+    /// What is kept of a frame that has a key and passed; `None` if another frame of its flow may fare otherwise.
+    pub(super) fn of(tables: &Tables, context: &Context, delivery: &Delivery) -> Option<Flow> {
+        let key = &context.headers.key;
+        let destination = &tables.port(delivery.port)?.config;
+        let address = MacKey::from_word(context.switch, key.dst_mac_word());
+        let is_static = tables.owner(&address) == Some(delivery.port);
+        if !is_static || destination.rate[Direction::ToVm as usize].ns_per_byte != 0 {
+            return None;
+        }
+        let rules = [context.from_vm.counter, context.to_vm.counter];
+        Some(Flow { port: delivery.port, tag: delivery.tag, rules })
+    }
+
+    /// Counts a frame as the pipeline would have.
+    #[inline]
+    pub(super) fn count(&self, counters: &Counters, ingress: u32, length: u32) {
+        let received = counters.port(ingress);
+        add(&received.rx_packets, 1);
+        add(&received.rx_bytes, u64::from(length));
+        for rule in self.rules {
+            if rule != NO_RULE {
+                counters.count_rule(rule, length);
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(align(64))]
+struct Entry {
+    key: Key,
+    flow: Flow,
+}
+
+/// The cache.
+#[derive(Debug)]
+pub(super) struct Flows {
+    entries: Box<[Entry]>,
+}
+
+impl Flows {
+    pub(super) fn new() -> Flows {
+        let flow = Flow { port: 0, tag: Tag::NONE, rules: [NO_RULE; 2] };
+        // No frame has a key of zeros: its ethertype is in it.
+        Flows { entries: vec![Entry { key: Key::default(), flow }; ENTRIES].into() }
+    }
+
+    /// Whether flows from this port are kept: there are rules to spare the frames, the pipeline being as quick without; and it
+    /// learns no addresses, is heard by nobody else, and has no bucket to ask.
+    #[inline]
+    pub(super) fn are_kept_of(&self, tables: &Tables, ingress: u32) -> bool {
+        let has_no_say = |config: &PortConfig| {
+            config.flags & (port_flag::LEARN | port_flag::LOOPS) == 0
+                && config.rate[Direction::FromVm as usize].ns_per_byte == 0
+        };
+        !tables.groups.is_empty() && tables.port(ingress).is_some_and(|port| has_no_say(&port.config))
+    }
+
+    /// Brings the first of the entries near that may hold a flow.
+    #[inline]
+    pub(super) fn prefetch(&self, key: &Option<Key>) {
+        if let Some(key) = key {
+            prefetch(&raw const self.entries[key.place()], Access::Read);
+        }
+    }
+
+    /// What is known of a flow.
+    #[inline]
+    pub(super) fn get(&self, key: &Key) -> Option<Flow> {
+        let place = key.place();
+        let found = [place, place ^ 1].into_iter().find(|place| self.entries[*place].key == *key)?;
+        Some(self.entries[found].flow)
+    }
+
+    /// Keeps a flow, in place of an older one.
+    pub(super) fn put(&mut self, key: &Key, flow: Flow) {
+        let place = key.place();
+        self.entries[place ^ 1] = self.entries[place];
+        self.entries[place] = Entry { key: *key, flow };
+    }
+}
