@@ -14,7 +14,7 @@ use sluice_tests::lab::INTERFACE;
 use sluice_tests::wire::{BROADCAST, Mac, mac_text, note, udp4};
 use sluice_tests::{Lab, PacketSocket, Tap, Vm};
 
-use crate::guest::{Guest, Meeting, Mischief};
+use crate::guest::{ENTRIES, Guest, Meeting, Mischief};
 
 /// Numbers of those that come and go; their names and addresses follow from them.
 pub(crate) const RINGS: [u16; 4] = [21, 22, 23, 24];
@@ -156,7 +156,7 @@ fn live_with_rings(
                 Ok(Order::Misbehave(_)) | Err(TryRecvError::Empty) => {}
             }
             // Perhaps more than the port has, which refuses them.
-            match Guest::meet(&meeting, 1 + rng.below(2))? {
+            match Guest::meet(&meeting, 1 + rng.below(2), ENTRIES)? {
                 Some(guest) => break guest,
                 None => std::thread::sleep(RETRY),
             }

@@ -14,12 +14,14 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Entries of a ring.
+/// Entries of a ring, as QEMU has it.
 pub(crate) const ENTRIES: u16 = 256;
+/// Entries for a guest that must not lose what the others flood while it waits for a CPU.
+pub(crate) const MANY_ENTRIES: u16 = 1024;
 /// Bytes of a buffer: an ordinary frame and its header.
 const BUFFER: u64 = 2048;
-/// Where a pair's memory begins after that of the one before.
-const STRIDE: u64 = 2 << 20;
+/// Where a pair's buffers begin after its rings.
+const RINGS: u64 = 64 * 1024;
 const HEADER: usize = 12;
 /// Without receive offloads no frame takes more than one buffer, and without notifications by index every kick counts.
 const FEATURES: u64 = bit::VERSION_1
@@ -62,8 +64,14 @@ impl Meeting {
     }
 }
 
+/// Where a pair's memory begins after that of the one before.
+fn stride(entries: u16) -> u64 {
+    (RINGS + 2 * u64::from(entries) * BUFFER).next_multiple_of(1 << 20)
+}
+
 /// One pair of rings.
 struct Pair {
+    entries: u16,
     to_guest: DriverRing,
     from_guest: DriverRing,
     base: u64,
@@ -75,12 +83,13 @@ struct Pair {
 }
 
 impl Pair {
-    fn new(number: u64) -> Result<Pair> {
-        let base = GUEST_BASE + number * STRIDE;
-        let to_guest = DriverRing::new(ENTRIES, base);
-        let from_guest = DriverRing::new(ENTRIES, to_guest.end().next_multiple_of(4096));
+    fn new(number: u64, entries: u16) -> Result<Pair> {
+        let base = GUEST_BASE + number * stride(entries);
+        let to_guest = DriverRing::new(entries, base);
+        let from_guest = DriverRing::new(entries, to_guest.end().next_multiple_of(4096));
         let event = || EventFd::new(libc::EFD_NONBLOCK);
         Ok(Pair {
+            entries,
             to_guest,
             from_guest,
             base,
@@ -94,8 +103,8 @@ impl Pair {
 
     /// Where the buffer of this ring is that comes next; buffers and descriptors come round together.
     fn buffer(&self, ring: u64) -> u64 {
-        let at = self.posted[ring as usize] % u64::from(ENTRIES) * BUFFER;
-        self.base + 64 * 1024 + ring * u64::from(ENTRIES) * BUFFER + at
+        let entries = u64::from(self.entries);
+        self.base + RINGS + (ring * entries + self.posted[ring as usize] % entries) * BUFFER
     }
 
     fn post_to_guest(&mut self, ram: &GuestRam) {
@@ -151,15 +160,15 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// Connects a new guest with so many pairs of rings; `None` if the other side is not there, or hangs up.
-    pub(crate) fn meet(meeting: &Meeting, pairs: usize) -> Result<Option<Guest>> {
+    /// Connects a new guest with so many pairs of rings of so many entries; `None` if the other side is not there, or hangs up.
+    pub(crate) fn meet(meeting: &Meeting, pairs: usize, entries: u16) -> Result<Option<Guest>> {
         let Some(socket) = meeting.socket() else { return Ok(None) };
-        let ram = GuestRam::new(pairs as u64 * STRIDE)?;
-        let pairs = (0..pairs as u64).map(Pair::new).collect::<Result<Vec<_>>>()?;
+        let ram = GuestRam::new(pairs as u64 * stride(entries))?;
+        let pairs = (0..pairs as u64).map(|number| Pair::new(number, entries)).collect::<Result<Vec<_>>>()?;
         let front = Frontend::from_stream(socket.try_clone()?, 2 * pairs.len() as u64);
         let mut guest = Guest { front, socket, ram, pairs };
         for pair in &mut guest.pairs {
-            for _ in 0..ENTRIES {
+            for _ in 0..entries {
                 pair.post_to_guest(&guest.ram);
             }
         }
@@ -225,7 +234,7 @@ impl Guest {
             pair.under_way = pair.under_way.saturating_sub(1);
         }
         let length = (HEADER + frame.len()).min(BUFFER as usize);
-        if pair.under_way == ENTRIES {
+        if pair.under_way == pair.entries {
             return false;
         }
         let at = pair.buffer(1);
@@ -242,7 +251,7 @@ impl Guest {
     pub(crate) fn receive(&mut self, pair: usize) -> Option<Vec<u8>> {
         let pair = &mut self.pairs[pair];
         let (head, written) = pair.to_guest.reap(&self.ram)?;
-        let at = pair.base + 64 * 1024 + u64::from(head % ENTRIES) * BUFFER;
+        let at = pair.base + RINGS + u64::from(head % pair.entries) * BUFFER;
         let written = (written as usize).min(BUFFER as usize);
         let bytes = self.ram.read(at, written);
         pair.post_to_guest(&self.ram);
@@ -286,23 +295,23 @@ impl Guest {
                 return !self.is_alone();
             }
             Mischief::Garbage => {
-                for index in 0..ENTRIES {
-                    let address = GUEST_BASE.wrapping_add(rng.next() % (2 * STRIDE));
+                for index in 0..pair.entries {
+                    let address = GUEST_BASE.wrapping_add(rng.next() % (2 * stride(pair.entries)));
                     let piece = (address, rng.next() as u32 % 70_000, rng.next() as u16 & 7);
-                    ring.set_descriptor(&self.ram, index, piece, rng.next() as u16 % (ENTRIES + 8));
+                    ring.set_descriptor(&self.ram, index, piece, rng.next() as u16 % (pair.entries + 8));
                     let at = ring.available + 4 + 2 * u64::from(index);
-                    self.ram.write(at, &(rng.next() as u16 % (ENTRIES + 8)).to_le_bytes());
+                    self.ram.write(at, &(rng.next() as u16 % (pair.entries + 8)).to_le_bytes());
                 }
-                ring.show_index(&self.ram, ring.device_index(&self.ram).wrapping_add(ENTRIES));
+                ring.show_index(&self.ram, ring.device_index(&self.ram).wrapping_add(pair.entries));
             }
             Mischief::Jump => ring.show_index(&self.ram, rng.next() as u16),
             Mischief::Loop => {
-                for index in 0..ENTRIES {
+                for index in 0..pair.entries {
                     let write = if side == 0 { WRITE } else { 0 };
                     let piece = (pair.buffer(side as u64), 64, NEXT | write);
-                    ring.set_descriptor(&self.ram, index, piece, (index + 1) % ENTRIES);
+                    ring.set_descriptor(&self.ram, index, piece, (index + 1) % pair.entries);
                 }
-                ring.show_index(&self.ram, ring.device_index(&self.ram).wrapping_add(ENTRIES));
+                ring.show_index(&self.ram, ring.device_index(&self.ram).wrapping_add(pair.entries));
             }
             Mischief::Truncate => {
                 // Nothing of this guest touches its memory from here on.

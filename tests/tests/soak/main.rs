@@ -27,7 +27,7 @@ use sluice_tests::wire::{Mac, mac, mac_text};
 use sluice_tests::{Lab, PATIENCE, PacketSocket, scenario, wait_until};
 
 use crate::churn::{Crowd, groups};
-use crate::guest::{Guest, Meeting, Mischief};
+use crate::guest::{Guest, MANY_ENTRIES, Meeting, Mischief};
 use crate::numbered::{End, Pair};
 use crate::watch::{Dropped, Holdings, dropped_by_kernel, frames_in_use, halves, memory};
 
@@ -53,8 +53,9 @@ fn number(variable: &str, default: impl FnOnce() -> u64) -> Result<u64> {
 /// A guest with rings that nobody disturbs.
 fn bystander(lab: &Lab, number: u8) -> Result<(End, Mac)> {
     let path = lab.places().socket.with_file_name(format!("vm{number}.sock"));
-    let guest =
-        wait_until("a bystander connects", PATIENCE, || Guest::meet(&Meeting::Connect(path.clone()), 1))?;
+    let guest = wait_until("a bystander connects", PATIENCE, || {
+        Guest::meet(&Meeting::Connect(path.clone()), 1, MANY_ENTRIES)
+    })?;
     lab.sluice().wait_ready("vnic", &format!("vm{number}"), PATIENCE)?;
     Ok((End::Rings(Box::new(guest)), mac(number)))
 }

@@ -20,7 +20,7 @@ use super::counters::{Counters, QueueCounters};
 use super::features::Features;
 use super::lines::LogLines;
 use super::notify;
-use super::queue::{Queue, QueueState};
+use super::queue::{Queue, QueueState, Sign};
 use super::queues::{FromGuest, ToGuest};
 pub use super::session::remove_dead_socket;
 use super::session::{Endpoint, serve};
@@ -118,7 +118,7 @@ pub(super) struct Slot {
     pub(super) queue: Mutex<Queue>,
     pub(super) counters: Counters,
     pub(super) event: Arc<OwnedFd>,
-    pub(super) is_live: Arc<AtomicBool>,
+    pub(super) sign: Arc<Sign>,
     /// A worker waited for the queue in vain, and none has had it since.
     pub(super) is_held: AtomicBool,
 }
@@ -214,9 +214,9 @@ impl Port {
         let slots = (0..usize::from(config.queue_pairs) * 2).map(|index| {
             let queue = Queue::new(index, longest, Arc::clone(&lines))?;
             let event = Arc::clone(queue.event());
-            let is_live = Arc::clone(queue.is_live());
+            let sign = Arc::clone(queue.sign());
             let is_held = AtomicBool::new(false);
-            Ok(Slot { queue: Mutex::new(queue), counters: Counters::default(), event, is_live, is_held })
+            Ok(Slot { queue: Mutex::new(queue), counters: Counters::default(), event, sign, is_held })
         });
         let slots = slots.collect::<Result<Vec<_>, Errno>>()?;
         let endpoint = Endpoint::new(&config)?;
@@ -248,7 +248,7 @@ impl Port {
         ends.collect()
     }
 
-    /// How the port is now.
+    /// How the port is now. No worker waits for whoever asks.
     #[must_use]
     pub fn status(&self) -> Status {
         let mut status = self.shared.status.lock().clone();
@@ -257,7 +257,7 @@ impl Port {
             .shared
             .slots
             .iter()
-            .map(|slot| QueueStatus { state: slot.queue.lock().state(), counters: slot.counters.read() });
+            .map(|slot| QueueStatus { state: slot.sign.state(), counters: slot.counters.read() });
         status.queues = queues.collect();
         status
     }

@@ -15,6 +15,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use arc_swap::ArcSwapOption;
 use rustix::event::epoll;
 
 use super::chain::Direction;
@@ -50,6 +51,40 @@ pub enum QueueState {
     Stopped(QueueError),
 }
 
+/// How a queue is, for those who do not hold it. To look under its lock would cost the guest frames whenever the reader loses its
+/// CPU there.
+#[derive(Debug, Default)]
+pub(super) struct Sign {
+    is_live: AtomicBool,
+    fault: ArcSwapOption<QueueError>,
+}
+
+impl Sign {
+    /// Whether it is served.
+    #[inline]
+    pub(super) fn is_live(&self) -> bool {
+        self.is_live.load(Ordering::Acquire)
+    }
+
+    /// What it is doing.
+    pub(super) fn state(&self) -> QueueState {
+        match &*self.fault.load() {
+            Some(fault) => QueueState::Stopped(**fault),
+            None if self.is_live() => QueueState::Running,
+            None => QueueState::Idle,
+        }
+    }
+
+    fn set_fault(&self, fault: QueueError) {
+        self.fault.store(Some(Arc::new(fault)));
+    }
+
+    /// Whether there was one.
+    fn forget_fault(&self) -> bool {
+        self.fault.swap(None).is_some()
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Queue {
     index: usize,
@@ -68,9 +103,7 @@ pub(super) struct Queue {
     error: Option<EventFd>,
     is_enabled: bool,
     live: Option<Service>,
-    /// Whether there is one, to be looked at without the queue's lock.
-    is_live: Arc<AtomicBool>,
-    fault: Option<QueueError>,
+    sign: Arc<Sign>,
     /// Readable when the guest kicks; it outlives the kick descriptors, which come and go with the guest.
     event: Arc<OwnedFd>,
     lines: Arc<LogLines>,
@@ -97,23 +130,14 @@ impl Queue {
             error: None,
             is_enabled: false,
             live: None,
-            is_live: Arc::default(),
-            fault: None,
+            sign: Arc::default(),
             event: Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?),
             lines,
         })
     }
 
-    pub(super) fn state(&self) -> QueueState {
-        match (self.fault, &self.live) {
-            (Some(fault), _) => QueueState::Stopped(fault),
-            (None, Some(_)) => QueueState::Running,
-            (None, None) => QueueState::Idle,
-        }
-    }
-
-    pub(super) fn is_live(&self) -> &Arc<AtomicBool> {
-        &self.is_live
+    pub(super) fn sign(&self) -> &Arc<Sign> {
+        &self.sign
     }
 
     pub(super) fn event(&self) -> &Arc<OwnedFd> {
@@ -125,7 +149,7 @@ impl Queue {
     /// Stops the service, to be gone on with later; the driver is told of all that was done.
     fn pause(&mut self, counters: &Counters) {
         let Some(mut live) = self.live.take() else { return };
-        self.is_live.store(false, Ordering::Release);
+        self.sign.is_live.store(false, Ordering::Release);
         live.notify(self.call.as_ref(), counters);
         self.position = Some(live.position());
     }
@@ -137,12 +161,12 @@ impl Queue {
         if !self.is_enabled || self.kick.is_none() || self.size == 0 || memory.is_empty() {
             return Ok(());
         }
-        if self.fault.is_some() {
+        if self.sign.fault.load().is_some() {
             return Ok(());
         }
         if memory.is_broken() {
             // There is nothing behind it but zeros of our own.
-            self.fault = Some(QueueError::MemoryLost);
+            self.sign.set_fault(QueueError::MemoryLost);
             return Ok(());
         }
         let plan = Plan {
@@ -156,7 +180,7 @@ impl Queue {
             longest_frame: self.longest_frame,
         };
         self.live = Some(Service::new(&plan)?);
-        self.is_live.store(true, Ordering::Release);
+        self.sign.is_live.store(true, Ordering::Release);
         // Whoever sleeps on the queue looks at it now, and whoever waits in the guest does too: notifications may have been lost.
         if let Some(Kick::Event(kick)) = &self.kick {
             kick.signal();
@@ -204,7 +228,7 @@ impl Queue {
         counters: &Counters,
     ) -> Result<(), RequestError> {
         self.change(counters, |queue| {
-            if queue.fault.take().is_some() {
+            if queue.sign.forget_fault() {
                 queue.position = None;
             }
             queue.addresses = Some(addresses);
@@ -257,7 +281,7 @@ impl Queue {
         self.pause(counters);
         self.forget_kick();
         self.call = None;
-        self.fault = None;
+        self.sign.forget_fault();
         if let Some(position) = self.position.take() {
             self.base = position.available.into();
             if self.is_packed() {
@@ -343,8 +367,9 @@ impl Queue {
         // What is read of memory that is lost is zeros, which break rules of their own.
         let is_lost = self.common.memory.is_broken();
         let fault = if is_lost { QueueError::MemoryLost } else { fault };
+        // First, so that nobody sees it idle.
+        self.sign.set_fault(fault);
         self.pause(counters);
-        self.fault = Some(fault);
         counters.stopped();
         if let Some(error) = &self.error {
             error.signal();

@@ -100,7 +100,7 @@ impl ToGuest {
     /// The queue to be used now.
     #[inline]
     fn target(&self) -> usize {
-        let is_live = |slot: &Slot| slot.is_live.load(Ordering::Acquire);
+        let is_live = |slot: &Slot| slot.sign.is_live();
         if is_live(&self.shared.slots[self.index]) {
             return self.index;
         }
@@ -150,25 +150,50 @@ impl Transmit for ToGuest {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
     use std::time::Instant;
 
     use super::*;
     use crate::frame::{Region, RegionLayout};
     use crate::vhost::{Mode, Port, PortConfig};
 
-    #[test]
-    fn a_queue_that_is_held_is_waited_for_once() {
-        const ATTEMPTS: u32 = 2000;
-        let folder = tempfile::tempdir().unwrap();
+    fn port(folder: &Path) -> Port {
         let config = PortConfig {
-            path: folder.path().join("port"),
+            path: folder.join("port"),
             mode: Mode::Server,
             queue_pairs: 1,
             mtu: 1500,
             offloads: true,
             standby: false,
         };
-        let port = Port::open(config, Box::new(|_| {})).unwrap();
+        Port::open(config, Box::new(|_| {})).unwrap()
+    }
+
+    /// Whoever asked for a lock could lose its CPU with it, and the guest what came meanwhile.
+    #[test]
+    fn asking_how_a_port_is_takes_no_lock_of_its_queues() {
+        let folder = tempfile::tempdir().unwrap();
+        let port = port(folder.path());
+        let (from, to) = port.queues().remove(0);
+        let held = (from.slot().queue.lock(), to.shared.slots[to.index].queue.lock());
+        let asked = std::thread::scope(|scope| {
+            let (tell, told) = std::sync::mpsc::channel();
+            scope.spawn(|| {
+                let _ = tell.send(port.status().queues.len()); // nobody waits any longer for what came too late
+                drop(tell);
+            });
+            let answer = told.recv_timeout(Duration::from_secs(10));
+            drop(held);
+            answer
+        });
+        assert_eq!(asked, Ok(2), "it waits for a queue");
+    }
+
+    #[test]
+    fn a_queue_that_is_held_is_waited_for_once() {
+        const ATTEMPTS: u32 = 2000;
+        let folder = tempfile::tempdir().unwrap();
+        let port = port(folder.path());
         let (mut from, mut to) = port.queues().remove(0);
         let mut pool = Pool::new(&Region::new(RegionLayout { small: 16, large: 4 }).unwrap());
         let mut batch = Batch::new();

@@ -93,7 +93,7 @@ fn storm(index: usize, seed: u64, rounds: u64) {
             // Buffers may have been where the ring is.
         }
         served += rig.counted().frames - before;
-        if let QueueState::Stopped(error) = rig.queue.state() {
+        if let QueueState::Stopped(error) = rig.queue.sign().state() {
             *stops.entry(error.name()).or_insert(0) += 1;
             rig.queue.stop(&rig.counters);
             rig.ring = DriverRing::new(8, GUEST_BASE);
@@ -164,10 +164,10 @@ fn packed_storm(index: usize, seed: u64, rounds: u64) {
         if is_new {
             rig.queue = Queue::new(index, 1522, Arc::default()).unwrap();
         }
-        if let QueueState::Stopped(error) = rig.queue.state() {
+        if let QueueState::Stopped(error) = rig.queue.sign().state() {
             *stops.entry(error.name()).or_insert(0) += 1;
         }
-        if is_new || rig.queue.state() != QueueState::Running {
+        if is_new || rig.queue.sign().state() != QueueState::Running {
             rig.set_up();
         }
         assert_eq!(rig.pool.region().outstanding(), 0);

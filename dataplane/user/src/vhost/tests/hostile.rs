@@ -10,13 +10,13 @@ use crate::vhost::ring::RingAddresses;
 /// The queue stopped with this error; nothing more is served until it is set up anew, and then everything is.
 fn assert_stopped(rig: &mut Rig, expected: QueueError) {
     let sent = frame(60, 1);
-    if rig.queue.state() == QueueState::Running {
+    if rig.queue.sign().state() == QueueState::Running {
         match rig.index {
             TO_GUEST => drop(rig.deliver(&[&sent])),
             _ => drop(rig.receive()),
         }
     }
-    assert_eq!(rig.queue.state(), QueueState::Stopped(expected));
+    assert_eq!(rig.queue.sign().state(), QueueState::Stopped(expected));
     assert_eq!(rig.counted().stops, 1);
     assert!(rig.receive().is_empty());
     assert_eq!(rig.deliver(&[&sent]), None);
@@ -144,7 +144,7 @@ fn tables_that_are_none() {
         rig.ring.post(&rig.ram, &[(BUFFERS, len, INDIRECT)]);
         rig.ring.show(&rig.ram);
         rig.receive();
-        assert_eq!(rig.queue.state(), QueueState::Stopped(QueueError::BadIndirect), "{what}");
+        assert_eq!(rig.queue.sign().state(), QueueState::Stopped(QueueError::BadIndirect), "{what}");
     }
     let mut rig = Rig::new(FROM_GUEST, 8, FEATURES);
     rig.ring.set_descriptor(&rig.ram, 0, (BUFFERS, 16, INDIRECT | NEXT), 1);
@@ -155,7 +155,7 @@ fn tables_that_are_none() {
     rig.ring.post_indirect(&rig.ram, BUFFERS, &[(BUFFERS + 0x100, 16, INDIRECT)]);
     rig.ring.show(&rig.ram);
     rig.receive();
-    assert_eq!(rig.queue.state(), QueueState::Stopped(QueueError::BadIndirect));
+    assert_eq!(rig.queue.sign().state(), QueueState::Stopped(QueueError::BadIndirect));
     // Not negotiated.
     let mut rig = Rig::new(FROM_GUEST, 8, FEATURES & !bit::INDIRECT_DESC);
     rig.ring.post_indirect(&rig.ram, BUFFERS, &[(BUFFERS + 0x100, 100, 0)]);
@@ -227,7 +227,7 @@ fn directions_mixed_up() {
     rig.ring.post(&rig.ram, &[(BUFFERS, 100, WRITE)]);
     rig.ring.show(&rig.ram);
     rig.receive();
-    assert_eq!(rig.queue.state(), QueueState::Stopped(QueueError::WrongDirection));
+    assert_eq!(rig.queue.sign().state(), QueueState::Stopped(QueueError::WrongDirection));
     for pieces in [&[(BUFFERS, 2000, 0)][..], &[(BUFFERS, 12, WRITE), (BUFFERS + 12, 2000, 0)]] {
         let mut rig = Rig::new(TO_GUEST, 8, FEATURES);
         rig.ring.post(&rig.ram, pieces);
@@ -300,7 +300,7 @@ fn memory_that_shrinks() {
             TO_GUEST => drop(rig.deliver(&[&frame(500, 0)])),
             _ => assert!(rig.receive().is_empty()),
         }
-        assert_eq!(rig.queue.state(), QueueState::Stopped(QueueError::MemoryLost));
+        assert_eq!(rig.queue.sign().state(), QueueState::Stopped(QueueError::MemoryLost));
         assert_eq!(rig.counted().stops, 1);
     }
     // All of it goes, the ring too: what is read of it is zeros, and nothing comes of it.
@@ -309,7 +309,7 @@ fn memory_that_shrinks() {
     rig.ram.truncate(0).unwrap();
     assert!(rig.receive().is_empty());
     assert!(rig.receive().is_empty());
-    assert_eq!(rig.queue.state(), QueueState::Stopped(QueueError::MemoryLost));
+    assert_eq!(rig.queue.sign().state(), QueueState::Stopped(QueueError::MemoryLost));
     // Another guest, at the same time, is not touched.
     assert_serves(&mut Rig::new(FROM_GUEST, 8, FEATURES));
 }
@@ -328,13 +328,13 @@ fn nothing_is_served_from_memory_that_is_gone() {
             TO_GUEST => assert_eq!(rig.deliver(&[&frame(500, 1)]), Some(0)),
             _ => assert!(rig.receive().is_empty()),
         }
-        assert_eq!(rig.queue.state(), QueueState::Stopped(QueueError::MemoryLost));
+        assert_eq!(rig.queue.sign().state(), QueueState::Stopped(QueueError::MemoryLost));
         assert_eq!(rig.ram.read(BUFFERS, 500), [0; 500]);
         assert_eq!(rig.ring.device_index(&rig.ram), 0, "not even that something was done is written");
         // It does not start on it either, whatever the front-end says.
         rig.queue.stop(&rig.counters);
         rig.queue.set_kick(Kick::Polled, &rig.counters).unwrap();
-        assert_eq!(rig.queue.state(), QueueState::Stopped(QueueError::MemoryLost));
+        assert_eq!(rig.queue.sign().state(), QueueState::Stopped(QueueError::MemoryLost));
         assert_eq!(rig.deliver(&[&frame(500, 1)]), None);
     }
 }
@@ -373,7 +373,7 @@ fn rings_that_cannot_be() {
     ];
     for (what, addresses) in cases {
         assert!(rig.queue.set_addresses(addresses, &rig.counters).is_err(), "{what}");
-        assert_eq!(rig.queue.state(), QueueState::Idle, "{what}");
+        assert_eq!(rig.queue.sign().state(), QueueState::Idle, "{what}");
         assert!(rig.receive().is_empty());
     }
     for size in [0, 3, 12, 65536, u32::MAX] {

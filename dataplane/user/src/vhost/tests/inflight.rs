@@ -86,7 +86,7 @@ fn an_area_that_does_not_fit_is_refused() {
     rig.common.inflight = Some(area(2, 4));
     let result = rig.queue.set_common(rig.common.clone(), &rig.counters);
     assert!(matches!(result, Err(RequestError::Setup(SetupError::Inflight(8)))));
-    assert_eq!(rig.queue.state(), QueueState::Idle);
+    assert_eq!(rig.queue.sign().state(), QueueState::Idle);
     let file = memfd_create("inflight", MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&file, 64).unwrap();
     assert!(InflightArea::new(&file, 0, 64, 2, 8).is_err(), "too small");
@@ -120,5 +120,5 @@ fn scribbling_in_the_area_harms_nobody() {
     }
     // By the area, eight chains were taken of a ring in which one was made available.
     let jump = QueueError::IndexJump { by: 1_u16.wrapping_sub(8), size: 8 };
-    assert_eq!(rig.queue.state(), QueueState::Stopped(jump));
+    assert_eq!(rig.queue.sign().state(), QueueState::Stopped(jump));
 }

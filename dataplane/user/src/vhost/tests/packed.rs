@@ -38,7 +38,7 @@ fn kicked(rig: &mut Rig) {
 /// The queue stops with this error, and is served again once it is set up anew.
 fn assert_stops(mut rig: Rig, expected: QueueError) {
     turn(&mut rig);
-    assert_eq!(rig.queue.state(), QueueState::Stopped(expected));
+    assert_eq!(rig.queue.sign().state(), QueueState::Stopped(expected));
     assert_eq!(rig.counted().stops, 1);
     assert_eq!(turn(&mut rig), 0);
     assert!(rig.queue.arm(), "a stopped queue keeps nobody awake");
@@ -96,7 +96,7 @@ fn buffers_of_nothing_do_not_keep_a_worker() {
     }
     rig.ring.show(&rig.ram);
     assert_eq!(turn(&mut rig), 0);
-    assert_eq!(rig.queue.state(), QueueState::Running);
+    assert_eq!(rig.queue.sign().state(), QueueState::Running);
 }
 
 #[test]
@@ -145,7 +145,7 @@ fn slots_that_lie_about_their_round() {
                 rig.ring.set_slot(&rig.ram, at, (BUFFERS, 100, write | flags), at);
             }
             assert_eq!(turn(&mut rig), 0);
-            assert_eq!(rig.queue.state(), QueueState::Running);
+            assert_eq!(rig.queue.sign().state(), QueueState::Running);
             kicked(&mut rig);
             assert!(rig.queue.arm(), "nothing is there");
         }
@@ -244,7 +244,7 @@ fn what_came_before_the_fault_is_kept() {
     rig.ring.show(&rig.ram);
     assert_eq!(rig.receive().len(), 3);
     assert_eq!(rig.ring.device_index(&rig.ram), 3);
-    assert_eq!(rig.queue.state(), QueueState::Stopped(QueueError::Outside { address: 0, len: 100 }));
+    assert_eq!(rig.queue.sign().state(), QueueState::Stopped(QueueError::Outside { address: 0, len: 100 }));
 }
 
 #[test]
@@ -256,7 +256,7 @@ fn memory_that_shrinks() {
             rig.ring.show(&rig.ram);
             rig.ram.truncate(left).unwrap();
             turn(&mut rig);
-            assert_eq!(rig.queue.state(), QueueState::Stopped(QueueError::MemoryLost));
+            assert_eq!(rig.queue.sign().state(), QueueState::Stopped(QueueError::MemoryLost));
         }
     }
 }
@@ -276,7 +276,7 @@ fn rings_that_cannot_be() {
     ];
     for (what, addresses) in cases {
         assert!(rig.queue.set_addresses(addresses, &rig.counters).is_err(), "{what}");
-        assert_eq!(rig.queue.state(), QueueState::Idle, "{what}");
+        assert_eq!(rig.queue.sign().state(), QueueState::Idle, "{what}");
     }
     for size in [0, 32769, 65536, u32::MAX] {
         assert!(matches!(

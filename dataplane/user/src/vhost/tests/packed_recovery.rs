@@ -83,7 +83,7 @@ fn from_guest(size: u16, longest: u16, seed: u64) {
             got += 1;
             rig.pool.give(frame);
         }
-        assert_eq!(rig.queue.state(), QueueState::Running, "size {size}, seed {seed}");
+        assert_eq!(rig.queue.sign().state(), QueueState::Running, "size {size}, seed {seed}");
     }
     assert!(sent > 100, "the test does something");
 }
@@ -349,7 +349,7 @@ fn an_area_that_does_not_fit_is_refused() {
     rig.common.inflight = Some(area(2, 4));
     let result = rig.queue.set_common(rig.common.clone(), &rig.counters);
     assert!(matches!(result, Err(RequestError::Setup(SetupError::Inflight(8)))));
-    assert_eq!(rig.queue.state(), QueueState::Idle);
+    assert_eq!(rig.queue.sign().state(), QueueState::Idle);
     // Long enough for split rings, but not for these.
     let file = memfd_create("inflight", MemfdFlags::CLOEXEC).unwrap();
     let len = InflightArea::bytes(2, 8);

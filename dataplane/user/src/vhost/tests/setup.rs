@@ -81,7 +81,7 @@ impl Rig {
         self.queue.set_call(Some(EventFd::from_peer(self.call.try_clone().unwrap()).unwrap()));
         self.queue.set_kick(Kick::Polled, counters).unwrap();
         self.queue.set_enabled(true, counters).unwrap();
-        assert_eq!(self.queue.state(), QueueState::Running);
+        assert_eq!(self.queue.sign().state(), QueueState::Running);
         self.calls();
     }
 
