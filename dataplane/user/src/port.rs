@@ -125,6 +125,9 @@ pub trait Receive: Send + fmt::Debug {
     /// [checked](Frame::set_offload). Without chunks in the pool, frames stay where they are.
     fn receive(&mut self, pool: &mut Pool, batch: &mut Batch);
 
+    /// After some batches, and before the worker sleeps: notifies the other end that they were taken, if it wants to know.
+    fn notify(&mut self) {}
+
     /// What becomes readable when something arrives, once [armed](Self::arm); `None` if it must be polled. It does not
     /// change while the queue is placed on a worker.
     fn event(&self) -> Option<BorrowedFd<'_>>;
@@ -151,6 +154,6 @@ pub trait Transmit: Send + fmt::Debug {
     /// What it takes beyond plain frames, now: it may change while running, as guests negotiate.
     fn accepts(&self) -> Accepts;
 
-    /// After a worker's last batch of a round: notifies the other end of all that has been sent, if it wants to know.
+    /// After some batches, and before the worker sleeps: notifies the other end of all that has been sent, if it wants to know.
     fn flush(&mut self) {}
 }

@@ -1,8 +1,11 @@
 //! The third pass: frames on their way out, grouped by port, made fit for what each port takes, and sent.
 
+use std::sync::Arc;
+
 use sluice_pipeline::DropReason;
 
 use super::counters::{Counters, add};
+use super::egress::Egress;
 use super::tables::Tables;
 use crate::frame::{Frame, Pool};
 use crate::offload;
@@ -20,6 +23,8 @@ pub(super) struct Outgoing {
     used: usize,
     /// Frames that are made fit.
     fit: Batch,
+    /// Ways out whose other ends have not been notified, with the lane.
+    silent: Vec<(Arc<Egress>, usize)>,
 }
 
 #[derive(Debug)]
@@ -30,7 +35,7 @@ struct Group {
 
 impl Outgoing {
     pub(super) fn new() -> Outgoing {
-        Outgoing { groups: Vec::new(), used: 0, fit: Batch::new() }
+        Outgoing { groups: Vec::new(), used: 0, fit: Batch::new(), silent: Vec::new() }
     }
 
     /// Adds a frame that leaves by `port`.
@@ -50,9 +55,10 @@ impl Outgoing {
         group.frames.push(frame);
     }
 
-    /// Sends everything, and counts it. Of ports with several transmit queues, `lane` says which is used.
+    /// Sends everything, and counts it; [`flush`](Self::flush) notifies. Of ports with several transmit queues, `lane` says which is
+    /// used.
     pub(super) fn send(&mut self, lane: usize, tables: &Tables, pool: &mut Pool, counters: &Counters) {
-        let Outgoing { groups, used, fit } = self;
+        let Outgoing { groups, used, fit, silent } = self;
         let mut segments = SEGMENTS;
         for group in &mut groups[..*used] {
             let way = Way { port: group.port, counters };
@@ -69,9 +75,19 @@ impl Outgoing {
             } else {
                 way.send_fit(&mut **queue, pool, &mut group.frames, fit, &mut segments);
             }
-            queue.flush();
+            let is_it = |(other, at): &(Arc<Egress>, usize)| *at == lane && Arc::ptr_eq(other, egress);
+            if !silent.iter().any(is_it) {
+                silent.push((Arc::clone(egress), lane));
+            }
         }
         *used = 0;
+    }
+
+    /// Notifies the other ends of all that was sent.
+    pub(super) fn flush(&mut self) {
+        for (egress, lane) in self.silent.drain(..) {
+            egress.queue(lane).flush();
+        }
     }
 }
 

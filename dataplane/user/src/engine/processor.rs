@@ -77,14 +77,21 @@ impl Processor {
         self.tables = None;
     }
 
-    /// Takes frames that came from the first queue of port `ingress` through everything: see
+    /// Takes frames that came from the first queue of port `ingress` through everything, and notifies who gets them: see
     /// [`process_queue`](Self::process_queue).
     pub fn process(&mut self, ingress: u32, batch: &mut Batch, now: u64) {
         self.process_queue(ingress, 0, batch, now);
+        self.flush();
+    }
+
+    /// Notifies the other ends of all ports that frames were sent to since the last time.
+    pub fn flush(&mut self) {
+        self.outgoing.flush();
     }
 
     /// Takes frames that came from a queue of port `ingress` through everything, and leaves the batch empty. `now` is
-    /// nanoseconds of the monotonic clock, the same for all processors of the engine.
+    /// nanoseconds of the monotonic clock, the same for all processors of the engine. Who gets them is notified by
+    /// [`flush`](Self::flush), which the caller owes them soon.
     ///
     /// They leave by the same transmit queue of a port whichever processor sends them, so none is overtaken when their queue
     /// changes workers: by that of the same number, as guests expect of answers; or, if the port they came from has but one

@@ -114,7 +114,7 @@ impl<'a> Device<'a> {
             }
             Request::SET_VRING_ERR => {
                 let (slot, event) = self.slot_and_event(payload, descriptors)?;
-                slot.queue.lock().set_error(event);
+                slot.queue.lock().set_error(event, &slot.counters);
             }
             // What it would be told, it reads from the log.
             Request::SET_LOG_FD => drop(one(descriptors)?),

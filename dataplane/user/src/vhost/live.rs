@@ -6,6 +6,7 @@
 //!
 //! The queue's lock is held around each call: by the worker for a batch, by the session while it changes something.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::chain::{Direction, MAX_CHAIN, Rules, Segment};
@@ -16,11 +17,11 @@ use super::header::{Header, MAX_HEADER, header_for};
 use super::log::DirtyLog;
 use super::memory::{Access, GuestMemory};
 use super::notify::EventFd;
-use super::ring::WRITE;
+use super::ring::{Descriptor, WRITE};
 use super::sigbus::breaks;
 use super::virtqueue::{Position, Virtqueue};
 use crate::frame::{Frame, Pool};
-use crate::port::{Accepts, BATCH_SEGMENTS, Batch};
+use crate::port::{Accepts, BATCH, BATCH_SEGMENTS, Batch};
 
 /// Ethernet header.
 const SHORTEST_FRAME: usize = 14;
@@ -54,6 +55,8 @@ pub(super) struct Live<Q: Virtqueue> {
     accepts: Accepts,
     longest_frame: usize,
     log: Option<Arc<DirtyLog>>,
+    /// Chains that wait, looked at ahead, so that what they lead to is near when its turn comes.
+    heads: VecDeque<(Q::Chain, Descriptor)>,
     /// The pieces of the frame at hand.
     segments: Vec<Segment>,
     /// The chains of the frame at hand, and how much of each is filled.
@@ -97,6 +100,7 @@ impl<Q: Virtqueue> Live<Q> {
             accepts,
             longest_frame: terms.longest_frame,
             log: terms.log,
+            heads: VecDeque::with_capacity(2 * BATCH),
             segments: Vec::with_capacity(MAX_CHAIN as usize),
             chains: Vec::with_capacity(64),
             // One that it is not: the first look is a close one.
@@ -152,17 +156,13 @@ impl<Q: Virtqueue> Live<Q> {
         if self.is_lost() {
             return Err(QueueError::MemoryLost);
         }
-        self.ring.look()?;
+        self.ring.look(batch.room())?;
         let (mut frames, mut bytes) = (0, 0);
         let mut result = Ok(());
         let mut work = 0;
         let before = batch.len();
-        self.ring.approach(batch.room() as u16);
-        for ahead in 0..PREFETCH {
-            self.ring.prefetch(&self.memory, ahead, Access::Read);
-        }
+        self.approach(batch.room(), Access::Read);
         for _ in 0..batch.room() {
-            self.ring.prefetch(&self.memory, PREFETCH, Access::Read);
             match self.take(pool, batch, &mut work) {
                 Ok(Taken::Frame(len)) => {
                     frames += 1;
@@ -187,13 +187,42 @@ impl<Q: Virtqueue> Live<Q> {
         }
         counters.passed(frames, bytes);
         self.ring.show();
+        // While others are served, the next ones come near.
+        self.approach(BATCH, Access::Read);
         result
+    }
+
+    /// Looks at chains that wait, up to so many, and has the first bytes of their buffers brought near.
+    #[inline(always)]
+    fn approach(&mut self, chains: usize, access: Access) {
+        let known = self.heads.len();
+        if known < chains {
+            self.ring.peek(chains, &mut self.heads);
+            for (_, first) in self.heads.range(known..) {
+                self.memory.prefetch(first.address, access);
+            }
+        }
+    }
+
+    /// The next chain, by its first descriptor. If it is not completed, or with others, [`forget`](Self::forget) has to be told.
+    #[inline(always)]
+    fn next(&mut self) -> Result<Option<(Q::Chain, Descriptor)>, QueueError> {
+        match self.heads.pop_front() {
+            Some(head) => Ok(Some(head)),
+            None => self.ring.first(),
+        }
+    }
+
+    /// Forgets what was looked at ahead.
+    #[cold]
+    fn forget(&mut self) {
+        self.heads.clear();
     }
 
     /// Takes one frame into the batch.
     #[inline(always)]
     fn take(&mut self, pool: &mut Pool, batch: &mut Batch, work: &mut usize) -> Result<Taken, QueueError> {
-        let Some((mut chain, first)) = self.ring.first()? else { return Ok(Taken::Nothing) };
+        let Some((mut chain, first)) = self.next()? else { return Ok(Taken::Nothing) };
         let is_plain = first.flags == 0;
         let bytes = if is_plain {
             *work += 1;
@@ -202,7 +231,13 @@ impl<Q: Virtqueue> Live<Q> {
             self.segments.clear();
             let cursor = &mut self.ring.cursor();
             let walked = self.ring.walk(&self.memory, cursor, self.rules, &mut self.segments)?;
-            let Some((walked, bytes)) = walked else { return Ok(Taken::Nothing) };
+            let Some((walked, bytes)) = walked else {
+                self.forget();
+                return Ok(Taken::Nothing);
+            };
+            if Q::heads_of(walked).is_none() {
+                self.forget();
+            }
             chain = walked;
             *work += self.segments.len();
             bytes
@@ -211,7 +246,10 @@ impl<Q: Virtqueue> Live<Q> {
             Ok(len) => len,
             Err(fault) => return Ok(self.give_back(chain, fault)),
         };
-        let Some(mut frame) = pool.take(len) else { return Ok(Taken::Nothing) };
+        let Some(mut frame) = pool.take(len) else {
+            self.forget();
+            return Ok(Taken::Nothing);
+        };
         let mut header = [0; MAX_HEADER];
         let parts = (&mut header[..self.header_len], frame.spare_mut().get_mut(..len).unwrap_or_default());
         let read = if is_plain {
@@ -278,16 +316,12 @@ impl<Q: Virtqueue> Live<Q> {
         if self.is_lost() {
             return Err(QueueError::MemoryLost);
         }
-        self.ring.look()?;
+        self.ring.look(frames.len())?;
         let mut bytes = 0;
         let mut result = Ok(());
         let mut work = 0;
-        self.ring.approach(frames.len() as u16);
-        for ahead in 0..PREFETCH {
-            self.ring.prefetch(&self.memory, ahead, Access::Write);
-        }
+        self.approach(frames.len(), Access::Write);
         for (index, frame) in frames.iter().enumerate() {
-            self.ring.prefetch(&self.memory, PREFETCH, Access::Write);
             match self.put(frame, &mut work) {
                 Ok(()) => {
                     *sent += 1;
@@ -309,6 +343,7 @@ impl<Q: Virtqueue> Live<Q> {
         }
         counters.passed(*sent as u64, bytes);
         self.ring.show();
+        self.approach(BATCH, Access::Write);
         result
     }
 
@@ -318,8 +353,8 @@ impl<Q: Virtqueue> Live<Q> {
         if *work > BATCH_WORK {
             return Err(Refusal::NoBuffers);
         }
-        let Some((chain, first)) = self.ring.first()? else { return Err(Refusal::NoBuffers) };
         let mut header = header_for(frame.bytes(), frame.offload(), self.accepts).map_err(Refusal::Frame)?;
+        let Some((chain, first)) = self.next()? else { return Err(Refusal::NoBuffers) };
         let wanted = self.header_len + frame.len();
         if first.flags == WRITE && first.len as usize >= wanted {
             *work += 1;
@@ -333,9 +368,16 @@ impl<Q: Virtqueue> Live<Q> {
             self.ring.complete(chain, wanted as u32);
             return Ok(());
         }
-        self.collect(wanted as u64, work)?;
+        if let Err(refusal) = self.collect(wanted as u64, work) {
+            self.forget();
+            return Err(refusal);
+        }
         header[10..12].copy_from_slice(&(self.chains.len() as u16).to_le_bytes());
         self.scatter([&header[..self.header_len], frame.bytes()])?;
+        // One of them has been taken.
+        let heads = self.chains.iter().try_fold(0, |sum, (chain, _)| Some(sum + Q::heads_of(*chain)?));
+        let others = heads.map_or(self.heads.len(), |heads| (heads - 1).min(self.heads.len()));
+        self.heads.drain(..others);
         for (chain, filled) in &self.chains {
             self.ring.complete(*chain, *filled);
         }
@@ -391,9 +433,6 @@ impl<Q: Virtqueue> Live<Q> {
         Ok(())
     }
 }
-
-/// How many chains ahead memory is asked for.
-const PREFETCH: u16 = 8;
 
 /// Fills the parts from the pieces, one after the other.
 fn gather(memory: &GuestMemory, segments: &[Segment], parts: [&mut [u8]; 2]) -> Result<(), QueueError> {

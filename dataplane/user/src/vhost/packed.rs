@@ -19,7 +19,7 @@ use super::chain::{Rules, Segment, Walker};
 use super::error::QueueError;
 use super::inflight::PackedInflight;
 use super::log::DirtyLog;
-use super::memory::{Access, GuestMemory};
+use super::memory::GuestMemory;
 use super::ring::{DESCRIPTOR, Descriptor, INDIRECT, NEXT};
 use super::virtqueue::{Position, Virtqueue};
 
@@ -194,7 +194,7 @@ impl Virtqueue for Packed {
 
     /// Each slot says for itself.
     #[inline]
-    fn look(&mut self) -> Result<(), QueueError> {
+    fn look(&mut self, _wanted: usize) -> Result<(), QueueError> {
         Ok(())
     }
 
@@ -258,18 +258,28 @@ impl Virtqueue for Packed {
         Ok(Some((chain, walker.bytes())))
     }
 
-    /// The processor finds out by itself that descriptors lie one behind the other, whichever side they come from.
+    /// Chains of one slot are easily found, up to the first of several. The processor finds out by itself that slots lie one
+    /// behind the other, whichever side they come from.
     #[inline]
-    fn approach(&self, _chains: u16) {}
+    fn peek(&self, wanted: usize, heads: &mut VecDeque<(Chain, Descriptor)>) {
+        if !self.left.is_empty() {
+            return;
+        }
+        let size = self.ring.size();
+        let (known, wanted) = (heads.len(), wanted.min(size.into()));
+        for ahead in known..wanted {
+            let Some(slot) = self.available(self.available.after(ahead as u16, size)) else { return };
+            let descriptor = slot.descriptor();
+            if descriptor.is(NEXT) || slot.id >= size {
+                return;
+            }
+            heads.push_back((Chain { id: slot.id, slots: 1 }, descriptor));
+        }
+    }
 
     #[inline(always)]
-    fn prefetch(&self, memory: &GuestMemory, ahead: u16, access: Access) {
-        let size = self.ring.size();
-        if ahead < size
-            && let Some(slot) = self.available(self.available.after(ahead, size))
-        {
-            memory.prefetch(slot.address, access);
-        }
+    fn heads_of(chain: Chain) -> Option<usize> {
+        (chain.slots == 1).then_some(1)
     }
 
     #[inline(always)]

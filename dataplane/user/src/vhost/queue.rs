@@ -144,7 +144,8 @@ impl Queue {
         &self.event
     }
 
-    // What the session does.
+    // What the session does. A worker that finds the queue locked leaves the driver without notice of what it was shown before:
+    // so each of these gives it.
 
     /// Stops the service, to be gone on with later; the driver is told of all that was done.
     fn pause(&mut self, counters: &Counters) {
@@ -265,8 +266,9 @@ impl Queue {
         }
     }
 
-    pub(super) fn set_error(&mut self, error: Option<EventFd>) {
+    pub(super) fn set_error(&mut self, error: Option<EventFd>, counters: &Counters) {
         self.error = error;
+        self.notify(counters);
     }
 
     pub(super) fn set_enabled(&mut self, is_enabled: bool, counters: &Counters) -> Result<(), RequestError> {
@@ -311,12 +313,11 @@ impl Queue {
 
     // What a worker does.
 
-    /// Takes frames from the guest.
+    /// Takes frames from the guest, which is [notified](Self::notify) later that they were.
     #[inline]
     pub(super) fn receive(&mut self, pool: &mut Pool, batch: &mut Batch, counters: &Counters) {
         let Some(live) = &mut self.live else { return };
         let result = live.receive(pool, batch, counters);
-        live.notify(self.call.as_ref(), counters);
         if let Err(fault) = result {
             self.break_off(fault, counters);
         }
@@ -333,7 +334,7 @@ impl Queue {
         Some(sent)
     }
 
-    /// Notifies the guest of what was put into it.
+    /// Notifies the guest of what was put into it, or taken from it.
     #[inline]
     pub(super) fn notify(&mut self, counters: &Counters) {
         if let Some(live) = &mut self.live {

@@ -31,6 +31,15 @@ impl Slot {
         }
         queue
     }
+
+    /// Notifies the driver of what it was shown. If somebody has the queue, that is their business: the session notifies whenever it
+    /// changes something, and a worker of what is behind.
+    #[inline]
+    fn notify(&self) {
+        if let Some(mut queue) = self.queue.try_lock() {
+            queue.notify(&self.counters);
+        }
+    }
 }
 
 /// The way in: what the guest transmits.
@@ -58,6 +67,11 @@ impl Receive for FromGuest {
         if let Some(mut queue) = slot.queue.try_lock() {
             queue.receive(pool, batch, &slot.counters);
         }
+    }
+
+    #[inline]
+    fn notify(&mut self) {
+        self.slot().notify();
     }
 
     fn event(&self) -> Option<BorrowedFd<'_>> {
@@ -140,11 +154,8 @@ impl Transmit for ToGuest {
     #[inline]
     fn flush(&mut self) {
         let Some(index) = self.silent else { return };
-        let slot = &self.shared.slots[index];
-        if let Some(mut queue) = slot.lock_soon() {
-            queue.notify(&slot.counters);
-            self.silent = None;
-        }
+        self.shared.slots[index].notify();
+        self.silent = None;
     }
 }
 

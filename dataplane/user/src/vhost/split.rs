@@ -8,7 +8,7 @@ use super::chain::{Rules, Segment, Walker};
 use super::error::QueueError;
 use super::inflight::InflightQueue;
 use super::log::DirtyLog;
-use super::memory::{Access, CACHE_LINE, GuestMemory};
+use super::memory::{CACHE_LINE, GuestMemory};
 use super::ring::{DESCRIPTOR, Descriptor, INDIRECT, NEXT, SplitRing};
 use super::virtqueue::{Position, Virtqueue};
 use crate::port::BATCH;
@@ -101,7 +101,10 @@ impl Virtqueue for Split {
     type Cursor = usize;
 
     #[inline]
-    fn look(&mut self) -> Result<(), QueueError> {
+    fn look(&mut self, wanted: usize) -> Result<(), QueueError> {
+        if usize::from(self.limit.wrapping_sub(self.available)) >= wanted {
+            return Ok(());
+        }
         let index = self.ring.available_index();
         let by = index.wrapping_sub(self.available);
         if by > self.ring.size() {
@@ -152,30 +155,38 @@ impl Virtqueue for Split {
         Ok(Some((head, walker.bytes())))
     }
 
-    /// Drivers use descriptors one behind the other for the most part: four of them come at once, and those of the next batch can
-    /// be told.
+    /// Where they are given back is brought near too, and the descriptors of those behind. Drivers use descriptors one behind
+    /// the other for the most part: four of them come at once.
     #[inline]
-    fn approach(&self, chains: u16) {
-        let waiting = chains.min(self.limit.wrapping_sub(self.available));
-        if waiting == 0 {
+    fn peek(&self, wanted: usize, heads: &mut VecDeque<(u16, Descriptor)>) {
+        if !self.left.is_empty() {
             return;
         }
-        let first = self.ring.head(self.available);
-        self.ring.prefetch_available(self.available.wrapping_add(2 * BATCH as u16));
-        for ahead in (0..waiting).step_by(CACHE_LINE / DESCRIPTOR) {
-            self.ring.prefetch_descriptor(self.ring.head(self.available.wrapping_add(ahead)));
-            self.ring.prefetch_descriptor(first.wrapping_add(ahead + BATCH as u16));
+        let waiting = usize::from(self.limit.wrapping_sub(self.available));
+        let (known, wanted) = (heads.len(), wanted.min(waiting));
+        for ahead in (known..wanted).step_by(CACHE_LINE / USED) {
+            self.ring.prefetch_used(self.used.wrapping_add(ahead as u16));
         }
-        for ahead in (0..waiting).step_by(CACHE_LINE / USED) {
-            self.ring.prefetch_used(self.used.wrapping_add(ahead));
+        for ahead in known..wanted {
+            let head = self.ring.head(self.available.wrapping_add(ahead as u16));
+            if head >= self.ring.size() {
+                return;
+            }
+            heads.push_back((head, self.ring.descriptor(head)));
+        }
+        let behind = waiting.min(wanted + BATCH);
+        if known < wanted && wanted < behind {
+            self.ring.prefetch_available(self.available.wrapping_add(behind as u16));
+            for ahead in (wanted..behind).step_by(CACHE_LINE / DESCRIPTOR) {
+                let head = self.ring.head(self.available.wrapping_add(ahead as u16));
+                self.ring.prefetch_descriptor(head);
+            }
         }
     }
 
     #[inline(always)]
-    fn prefetch(&self, memory: &GuestMemory, ahead: u16, access: Access) {
-        if let Ok(Some(head)) = self.head(ahead.into()) {
-            memory.prefetch(self.ring.descriptor(head).address, access);
-        }
+    fn heads_of(_: u16) -> Option<usize> {
+        Some(1)
     }
 
     #[inline(always)]

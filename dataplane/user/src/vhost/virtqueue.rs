@@ -1,14 +1,15 @@
 //! What the data path asks of a virtqueue, split or packed: chains that wait, in order, and a way to give them back.
 //!
 //! A batch begins with [`look`](Virtqueue::look), takes chains and [`complete`](Virtqueue::complete)s them in the order in which
-//! they wait, and ends with [`show`](Virtqueue::show). The data path is compiled once for each kind: what differs costs no
+//! they wait, and ends with [`show`](Virtqueue::show). Chains of the next one may be [`peek`](Virtqueue::peek)ed at before. The data path is compiled once for each kind: what differs costs no
 //! decision per frame.
 
+use std::collections::VecDeque;
 use std::fmt;
 
 use super::chain::{Rules, Segment};
 use super::error::QueueError;
-use super::memory::{Access, GuestMemory};
+use super::memory::GuestMemory;
 use super::ring::Descriptor;
 
 /// Where a queue stands, to be gone on from. Of a split ring both are free-running indices; of a packed one both are places in
@@ -28,8 +29,16 @@ pub(super) trait Virtqueue: fmt::Debug {
     /// A place among the chains that wait.
     type Cursor: Copy;
 
-    /// Looks how far the driver is. Chains that come later may or may not be seen before the next look.
-    fn look(&mut self) -> Result<(), QueueError>;
+    /// Looks how far the driver is, unless so many chains are known to wait: what the driver has written since is far away. Chains
+    /// that come later may or may not be seen before the next look.
+    fn look(&mut self, wanted: usize) -> Result<(), QueueError>;
+
+    /// Appends chains that wait behind those that `heads` has, until it has so many, as far as they are easily found: as
+    /// [`first`](Self::first) will have them. Only the front of `heads` may be left out of it, and only when it was completed.
+    fn peek(&self, wanted: usize, heads: &mut VecDeque<(Self::Chain, Descriptor)>);
+
+    /// How many of `heads` a chain has been: none says that they are to be forgotten.
+    fn heads_of(chain: Self::Chain) -> Option<usize>;
 
     /// The first chain that waits.
     fn cursor(&self) -> Self::Cursor;
@@ -47,12 +56,6 @@ pub(super) trait Virtqueue: fmt::Debug {
         rules: Rules,
         segments: &mut Vec<Segment>,
     ) -> Result<Option<(Self::Chain, u64)>, QueueError>;
-
-    /// Brings the first descriptors of so many chains near, and where they are given back, as far as those are easily found.
-    fn approach(&self, chains: u16);
-
-    /// Brings near what the `ahead`-th chain from here begins with, if that is easily found.
-    fn prefetch(&self, memory: &GuestMemory, ahead: u16, access: Access);
 
     /// Takes the first chain that waits and gives it back, with so many bytes written; the driver does not see it yet.
     fn complete(&mut self, chain: Self::Chain, written: u32);

@@ -177,6 +177,7 @@ impl Thread {
             epoll,
             queues: Vec::new(),
             batch: Batch::new(),
+            silent_since: None,
         };
         let (there, pinned) = std::sync::mpsc::channel();
         let handle = std::thread::Builder::new().name(format!("sluice-worker-{core}")).spawn(move || {
@@ -219,12 +220,18 @@ pub(super) fn now() -> u64 {
         .map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
 }
 
+/// How long the other ends are left without notice while there are more frames, in nanoseconds. To ask whether an end wants to be
+/// notified means to wait until it can see what it is to be notified of: once for many batches costs a small part of once for each.
+const SILENCE: u64 = 10_000;
+
 /// A queue that the worker serves.
 #[derive(Debug)]
 struct Served {
     queue: QueueId,
     receive: Box<dyn Receive>,
     counters: Arc<QueueCounters>,
+    /// Frames were taken, and nobody was notified.
+    is_silent: bool,
 }
 
 struct Worker {
@@ -235,6 +242,8 @@ struct Worker {
     epoll: Epoll,
     queues: Vec<Served>,
     batch: Batch,
+    /// Since when others have been without notice.
+    silent_since: Option<u64>,
 }
 
 impl Worker {
@@ -244,6 +253,7 @@ impl Worker {
         let mut last_busy = time;
         loop {
             if self.mailbox.has_any.load(Ordering::Acquire) {
+                self.notify();
                 if !self.obey() {
                     return;
                 }
@@ -256,6 +266,7 @@ impl Worker {
                 last_busy = time;
                 continue;
             }
+            self.notify();
             time = now();
             if time.saturating_sub(last_busy) >= spin {
                 let is_nap = self.sleep(time);
@@ -273,13 +284,15 @@ impl Worker {
     fn round(&mut self, time: &mut u64) -> bool {
         let mut worked = false;
         add(&self.counters.polls, 1);
-        for served in &mut self.queues {
+        for place in 0..self.queues.len() {
+            let served = &mut self.queues[place];
             served.receive.receive(self.processor.pool(), &mut self.batch);
             let frames = self.batch.len();
             if frames == 0 {
                 continue;
             }
             let QueueId { port, queue } = served.queue;
+            let begin = *time;
             self.processor.process_queue(port, queue, &mut self.batch, *time);
             let end = now();
             add(&served.counters.batches, 1);
@@ -288,8 +301,26 @@ impl Worker {
             add(&self.counters.frames, frames as u64);
             *time = end;
             worked = true;
+            served.is_silent = true;
+            let since = *self.silent_since.get_or_insert(begin);
+            if end.saturating_sub(since) >= SILENCE {
+                self.notify();
+            }
         }
         worked
+    }
+
+    /// Notifies the other ends of what was taken and sent.
+    fn notify(&mut self) {
+        if self.silent_since.take().is_none() {
+            return;
+        }
+        self.processor.flush();
+        for served in &mut self.queues {
+            if std::mem::take(&mut served.is_silent) {
+                served.receive.notify();
+            }
+        }
     }
 
     /// Sleeps until a queue or the mailbox rings, unless there is something already. `time` is now. Says whether it slept until it was
@@ -334,7 +365,7 @@ impl Worker {
                     if let Err(error) = watched {
                         let _ = answer.send(Err((error.into(), receive))); // who asked is gone, and the queue with it
                     } else if answer.send(Ok(())).is_ok() {
-                        self.queues.push(Served { queue, receive, counters });
+                        self.queues.push(Served { queue, receive, counters, is_silent: false });
                     } else if let Some(event) = receive.event() {
                         // Who asked has given it up.
                         let _ = self.epoll.delete(event); // it was added
