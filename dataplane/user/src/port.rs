@@ -80,16 +80,12 @@ impl Batch {
 
     /// Gives all frames but the first `kept` back to a pool.
     pub fn truncate(&mut self, kept: usize, pool: &mut Pool) {
-        for frame in self.frames.drain(kept.min(self.frames.len())..) {
-            pool.give(frame);
-        }
+        pool.give_all(self.frames.drain(kept.min(self.frames.len())..));
     }
 
     /// Gives all frames back to a pool.
     pub fn give(&mut self, pool: &mut Pool) {
-        for frame in self.frames.drain(..) {
-            pool.give(frame);
-        }
+        pool.give_all(self.frames.drain(..));
     }
 }
 

@@ -16,8 +16,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// Entries of a ring, as QEMU has it.
 pub(crate) const ENTRIES: u16 = 256;
-/// Entries for a guest that must not lose what the others flood while it waits for a CPU.
-pub(crate) const MANY_ENTRIES: u16 = 1024;
 /// Bytes of a buffer: an ordinary frame and its header.
 const BUFFER: u64 = 2048;
 /// Where a pair's buffers begin after its rings.

@@ -27,7 +27,7 @@ use sluice_tests::wire::{Mac, mac, mac_text};
 use sluice_tests::{Lab, PATIENCE, PacketSocket, scenario, wait_until};
 
 use crate::churn::{Crowd, groups};
-use crate::guest::{Guest, MANY_ENTRIES, Meeting, Mischief};
+use crate::guest::{Guest, Meeting, Mischief};
 use crate::numbered::{End, Pair};
 use crate::watch::{Dropped, Holdings, dropped_by_kernel, frames_in_use, halves, memory};
 
@@ -37,6 +37,8 @@ const SECONDS: u64 = 60;
 const LOOK: Duration = Duration::from_millis(500);
 /// Between two deeds.
 const BREATHER: Duration = Duration::from_millis(5);
+/// Entries of the rings of bystanders, who must not lose what the others flood while they wait for a CPU.
+const MANY_ENTRIES: u16 = 1024;
 /// How much more of its own memory the daemon may have in the second half than in the first, in KiB: what an allocator's caches
 /// vary by. A kilobyte lost with each deed would be ten times that in an hour.
 const GROWTH: u64 = 4096;

@@ -65,10 +65,10 @@ impl Counters {
     }
 
     #[inline(always)]
-    pub(super) fn count_rule(&self, counter: u32, bytes: u32) {
+    pub(super) fn count_rule(&self, counter: u32, packets: u64, bytes: u64) {
         if let Some(rule) = self.rules.get(counter as usize) {
-            add(&rule[0], 1);
-            add(&rule[1], u64::from(bytes));
+            add(&rule[0], packets);
+            add(&rule[1], bytes);
         }
     }
 

@@ -16,6 +16,7 @@ use super::honest::is_honest;
 use super::tables::Tables;
 use crate::frame::{Checksum, Frame};
 use crate::hint::{Access, prefetch};
+use crate::port::BATCH;
 
 /// Entries. A power of two.
 const ENTRIES: usize = 8192;
@@ -34,6 +35,14 @@ const FRAGMENT: u16 = 0x3fff;
 pub(super) struct Key([u64; 5]);
 
 impl Key {
+    /// Of no frame: there is an ethertype in the second word of all others.
+    const NONE: Key = Key([0; 5]);
+
+    #[inline]
+    fn is_some(&self) -> bool {
+        self.0[1] != 0
+    }
+
     /// The key of a frame that is plain in all that a key does not say; `None` for any other.
     #[inline]
     pub(super) fn of(frame: &Frame, ingress: u32, epoch: u64) -> Option<Key> {
@@ -122,19 +131,63 @@ impl Flow {
         let rules = [context.from_vm.counter, context.to_vm.counter];
         Some(Flow { port: delivery.port, tag: delivery.tag, rules })
     }
+}
 
-    /// Counts a frame as the pipeline would have.
+/// Frames of known flows in one batch, counted as the pipeline would have.
+#[derive(Debug)]
+pub(super) struct Tally {
+    ingress: u32,
+    frames: u64,
+    bytes: u64,
+    /// The rules that let the last ones pass, and how many of them are not counted there yet.
+    rules: [u32; 2],
+    passed: [u64; 2],
+}
+
+impl Tally {
     #[inline]
-    pub(super) fn count(&self, counters: &Counters, ingress: u32, length: u32) {
-        let received = counters.port(ingress);
-        add(&received.rx_packets, 1);
-        add(&received.rx_bytes, u64::from(length));
+    pub(super) fn new(ingress: u32) -> Tally {
+        Tally { ingress, frames: 0, bytes: 0, rules: [NO_RULE; 2], passed: [0; 2] }
+    }
+
+    #[inline(always)]
+    pub(super) fn add(&mut self, flow: &Flow, length: usize, counters: &Counters) {
+        if flow.rules != self.rules {
+            self.count_rules(counters);
+            self.rules = flow.rules;
+        }
+        self.frames += 1;
+        self.bytes += length as u64;
+        self.passed[0] += 1;
+        self.passed[1] += length as u64;
+    }
+
+    fn count_rules(&mut self, counters: &Counters) {
+        let [frames, bytes] = std::mem::take(&mut self.passed);
         for rule in self.rules {
             if rule != NO_RULE {
-                counters.count_rule(rule, length);
+                counters.count_rule(rule, frames, bytes);
             }
         }
     }
+
+    /// Counts all of them.
+    #[inline]
+    pub(super) fn count(mut self, counters: &Counters) {
+        if self.frames > 0 {
+            self.count_rules(counters);
+            let received = counters.port(self.ingress);
+            add(&received.rx_packets, self.frames);
+            add(&received.rx_bytes, self.bytes);
+        }
+    }
+}
+
+/// A frame's key, and where its flow is looked for.
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    key: Key,
+    place: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -148,46 +201,73 @@ struct Entry {
 #[derive(Debug)]
 pub(super) struct Flows {
     entries: Box<[Entry]>,
+    /// Of the frames of the batch at hand, the first so many.
+    asked: [Asked; BATCH],
+    count: usize,
 }
 
 impl Flows {
     pub(super) fn new() -> Flows {
         let flow = Flow { port: 0, tag: Tag::NONE, rules: [NO_RULE; 2] };
-        // No frame has a key of zeros: its ethertype is in it.
-        Flows { entries: vec![Entry { key: Key::default(), flow }; ENTRIES].into() }
+        Flows {
+            entries: vec![Entry { key: Key::NONE, flow }; ENTRIES].into(),
+            asked: [Asked { key: Key::NONE, place: 0 }; BATCH],
+            count: 0,
+        }
     }
 
-    /// Whether flows from this port are kept: there are rules to spare the frames, the pipeline being as quick without; and it
-    /// learns no addresses, is heard by nobody else, and has no bucket to ask.
+    /// Whether flows from this port are kept: it learns no addresses, is heard by nobody else, and has no bucket to ask.
     #[inline]
     pub(super) fn are_kept_of(&self, tables: &Tables, ingress: u32) -> bool {
         let has_no_say = |config: &PortConfig| {
             config.flags & (port_flag::LEARN | port_flag::LOOPS) == 0
                 && config.rate[Direction::FromVm as usize].ns_per_byte == 0
         };
-        !tables.groups.is_empty() && tables.port(ingress).is_some_and(|port| has_no_say(&port.config))
+        tables.port(ingress).is_some_and(|port| has_no_say(&port.config))
     }
 
-    /// Brings the first of the entries near that may hold a flow.
+    /// Asks for the flows of a batch that came from `ingress`: the first of the entries that may hold them are brought near.
     #[inline]
-    pub(super) fn prefetch(&self, key: &Option<Key>) {
-        if let Some(key) = key {
-            prefetch(&raw const self.entries[key.place()], Access::Read);
+    pub(super) fn ask(&mut self, frames: &[Frame], ingress: u32, epoch: u64) {
+        let mut last = Asked { key: Key::NONE, place: 0 };
+        for (asked, frame) in self.asked.iter_mut().zip(frames) {
+            let key = Key::of(frame, ingress, epoch).unwrap_or(Key::NONE);
+            // Frames of a flow come one behind the other.
+            if key != last.key {
+                last = Asked { key, place: key.place() };
+                prefetch(&raw const self.entries[last.place], Access::Read);
+            }
+            *asked = last;
         }
+        self.count = frames.len().min(BATCH);
     }
 
-    /// What is known of a flow.
+    /// Asks for none.
     #[inline]
-    pub(super) fn get(&self, key: &Key) -> Option<Flow> {
-        let place = key.place();
-        let found = [place, place ^ 1].into_iter().find(|place| self.entries[*place].key == *key)?;
-        Some(self.entries[found].flow)
+    pub(super) fn ask_nothing(&mut self) {
+        self.count = 0;
     }
 
-    /// Keeps a flow, in place of an older one.
-    pub(super) fn put(&mut self, key: &Key, flow: Flow) {
-        let place = key.place();
+    #[inline(always)]
+    fn asked(&self, at: usize) -> Option<&Asked> {
+        self.asked[..self.count].get(at).filter(|asked| asked.key.is_some())
+    }
+
+    /// What is known of the flow of the frame at a place of the batch.
+    #[inline(always)]
+    pub(super) fn answer(&self, at: usize) -> Option<&Flow> {
+        let Asked { key, place } = self.asked(at)?;
+        [*place, place ^ 1]
+            .into_iter()
+            .map(|place| &self.entries[place])
+            .find(|entry| entry.key == *key)
+            .map(|entry| &entry.flow)
+    }
+
+    /// Keeps the flow of the frame at a place of the batch, if it was asked for, instead of an older one.
+    pub(super) fn put(&mut self, at: usize, flow: Flow) {
+        let Some(&Asked { key, place }) = self.asked(at) else { return };
         self.entries[place ^ 1] = self.entries[place];
-        self.entries[place] = Entry { key: *key, flow };
+        self.entries[place] = Entry { key, flow };
     }
 }

@@ -55,6 +55,19 @@ impl Outgoing {
         group.frames.push(frame);
     }
 
+    /// Adds all frames of a batch, which leave by `port`.
+    #[inline]
+    pub(super) fn push_all(&mut self, port: u32, batch: &mut Batch) {
+        if self.used == self.groups.len() {
+            self.groups.push(Group { port, frames: Batch::new() });
+        }
+        let group = &mut self.groups[self.used];
+        self.used += 1;
+        group.port = port;
+        // Its own is empty.
+        std::mem::swap(&mut group.frames, batch);
+    }
+
     /// Sends everything, and counts it; [`flush`](Self::flush) notifies. Of ports with several transmit queues, `lane` says which is
     /// used.
     pub(super) fn send(&mut self, lane: usize, tables: &Tables, pool: &mut Pool, counters: &Counters) {

@@ -13,7 +13,7 @@ use super::bulk::BulkSenders;
 use super::counters::Counters;
 use super::egress::Egress;
 use super::fdb::FdbCopies;
-use super::flows::{Flow, Flows, Key};
+use super::flows::{Flow, Flows, Tally};
 use super::honest::is_honest;
 use super::outgoing::Outgoing;
 use super::tables::Tables;
@@ -21,7 +21,7 @@ use super::verdicts::Verdicts;
 use super::view::{Header, Own, View};
 use super::{Engine, Shared};
 use crate::frame::{Frame, Pool, Region};
-use crate::port::{BATCH, Batch};
+use crate::port::Batch;
 
 /// A worker's half of the engine. For one thread.
 #[derive(Debug)]
@@ -101,63 +101,118 @@ impl Processor {
         let tables: &Tables = tables.get_or_insert_with(|| Cache::new(Arc::clone(&shared.published))).load();
         let seconds = (now / 1_000_000_000) as u32;
         let view = View { tables, fdb: &shared.fdb, buckets: &shared.buckets, counters, own, now, seconds };
+        let mut bulk = own.bulk.borrow_mut();
         for frame in batch.frames() {
             frame.prefetch();
-            own.bulk.borrow_mut().note(ingress, frame.offload(), seconds);
+            bulk.note(ingress, frame.offload(), seconds);
         }
-        let mut keys = [None; BATCH];
+        drop(bulk);
+        let tally = Tally::new(ingress);
         if flows.are_kept_of(tables, ingress) {
-            for (key, frame) in keys.iter_mut().zip(batch.frames()) {
-                *key = Key::of(frame, ingress, tables.epoch);
-                flows.prefetch(key);
+            flows.ask(batch.frames(), ingress, tables.epoch);
+        } else {
+            flows.ask_nothing();
+        }
+        let mut pass = Pass { view, flows, copies, tally, ingress };
+        // Mostly, all frames of a batch leave by the same port: then it does so as a whole.
+        let (mut decided, mut same, mut odd) = (0, None, None);
+        for (at, frame) in batch.frames_mut().iter_mut().enumerate() {
+            match pass.decide(at, frame) {
+                Fate::Leaves(port) if *same.get_or_insert(port) == port => decided += 1,
+                fate => {
+                    odd = Some(fate);
+                    break;
+                }
             }
         }
-        for (mut frame, key) in batch.drain().zip(keys.into_iter().chain(std::iter::repeat(None))) {
-            let length = frame.len() as u32;
-            if let Some(flow) = key.and_then(|key| flows.get(&key)) {
-                flow.count(counters, ingress, length);
-                if flow.tag.is_some() && !rewrite(&mut frame, false, flow.tag) {
-                    counters.count_drops(flow.port, DropReason::EgressFailed, 1);
-                    pool.give(frame);
-                } else {
-                    outgoing.push(flow.port, frame);
-                }
-                continue;
-            }
-            let mut context = Context::default();
-            let verdict = decide(&Header::of(frame.bytes()), &view, ingress, length, &mut context);
-            match verdict {
-                // Decided on as it came in; what is to be written must not undo that.
-                Verdict::Unicast(_) | Verdict::Flood if !is_honest(frame.offload(), &context.headers) => {
-                    counters.count_drops(ingress, DropReason::MalformedLength, 1);
-                    pool.give(frame);
-                }
-                Verdict::Unicast(delivery) => {
-                    if let Some(key) = key
-                        && let Some(flow) = Flow::of(tables, &context, &delivery)
-                    {
-                        flows.put(&key, flow);
-                    }
-                    if rewrite(&mut frame, context.strip, delivery.tag) {
-                        outgoing.push(delivery.port, frame);
-                    } else {
-                        counters.count_drops(delivery.port, DropReason::EgressFailed, 1);
-                        pool.give(frame);
+        match same {
+            Some(port) if odd.is_none() => outgoing.push_all(port, batch),
+            _ => {
+                for (at, mut frame) in batch.drain().enumerate() {
+                    let fate = match same {
+                        Some(port) if at < decided => Fate::Leaves(port),
+                        _ => odd.take().unwrap_or_else(|| pass.decide(at, &mut frame)),
+                    };
+                    match fate {
+                        Fate::Leaves(port) => outgoing.push(port, frame),
+                        Fate::Floods { strip } => pass.copies.send(frame, strip, pool, outgoing, counters),
+                        Fate::Ends => pool.give(frame),
                     }
                 }
-                Verdict::Flood => {
-                    // The reason, if there is no destination, has been counted.
-                    let _ = flood(&view, &mut context, copies);
-                    copies.send(frame, context.strip, pool, outgoing, counters);
-                }
-                Verdict::Drop { .. } | Verdict::Defer => pool.give(frame),
             }
         }
+        pass.tally.count(counters);
         let has_more = |egress: &Arc<Egress>| egress.count() > 1;
         let is_one_of_many = tables.port(ingress).and_then(|port| port.egress.as_ref()).is_some_and(has_more);
         let first = if is_one_of_many { 0 } else { ingress as usize };
         let lane = first + usize::from(queue);
         outgoing.send(lane, tables, pool, counters);
+    }
+}
+
+/// What becomes of a frame.
+enum Fate {
+    /// It leaves by a port, as it is now.
+    Leaves(u32),
+    /// Copies of it do, which are listed; without its outermost tag if `strip`.
+    Floods { strip: bool },
+    /// It goes nowhere. The reason has been counted.
+    Ends,
+}
+
+/// One batch, being decided on.
+struct Pass<'a> {
+    view: View<'a>,
+    flows: &'a mut Flows,
+    copies: &'a mut Copies,
+    tally: Tally,
+    ingress: u32,
+}
+
+impl Pass<'_> {
+    /// Decides on the frame at a place of the batch, and rewrites it.
+    #[inline(always)]
+    fn decide(&mut self, at: usize, frame: &mut Frame) -> Fate {
+        let Some(flow) = self.flows.answer(at) else { return self.decide_anew(at, frame) };
+        let Flow { port, tag, .. } = *flow;
+        self.tally.add(flow, frame.len(), self.view.counters);
+        self.leave(frame, port, false, tag)
+    }
+
+    /// Has the pipeline decide.
+    fn decide_anew(&mut self, at: usize, frame: &mut Frame) -> Fate {
+        let Pass { view, flows, copies, ingress, .. } = self;
+        let mut context = Context::default();
+        let length = frame.len() as u32;
+        let verdict = decide(&Header::of(frame.bytes()), view, *ingress, length, &mut context);
+        match verdict {
+            // Decided on as it came in; what is to be written must not undo that.
+            Verdict::Unicast(_) | Verdict::Flood if !is_honest(frame.offload(), &context.headers) => {
+                view.counters.count_drops(*ingress, DropReason::MalformedLength, 1);
+                Fate::Ends
+            }
+            Verdict::Unicast(delivery) => {
+                if let Some(flow) = Flow::of(view.tables, &context, &delivery) {
+                    flows.put(at, flow);
+                }
+                self.leave(frame, delivery.port, context.strip, delivery.tag)
+            }
+            Verdict::Flood => {
+                // The reason, if there is no destination, has been counted.
+                let _ = flood(view, &mut context, *copies);
+                Fate::Floods { strip: context.strip }
+            }
+            Verdict::Drop { .. } | Verdict::Defer => Fate::Ends,
+        }
+    }
+
+    #[inline(always)]
+    fn leave(&self, frame: &mut Frame, port: u32, strip: bool, tag: Tag) -> Fate {
+        if rewrite(frame, strip, tag) {
+            return Fate::Leaves(port);
+        }
+        self.view.counters.count_drops(port, DropReason::EgressFailed, 1);
+        Fate::Ends
     }
 }
 

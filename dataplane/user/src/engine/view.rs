@@ -190,7 +190,7 @@ impl PipelineTables for View<'_> {
 
     #[inline(always)]
     fn count_rule(&self, counter: u32, bytes: u32) {
-        self.counters.count_rule(counter, bytes);
+        self.counters.count_rule(counter, 1, bytes.into());
     }
 
     fn count_drop(&self, port: u32, reason: DropReason) {

@@ -61,6 +61,19 @@ impl Pool {
     /// Takes a frame back.
     #[inline]
     pub fn give(&mut self, frame: Frame) {
+        self.put(frame);
+        self.keep_books();
+    }
+
+    /// Takes frames back.
+    #[inline]
+    pub fn give_all(&mut self, frames: impl Iterator<Item = Frame>) {
+        frames.for_each(|frame| self.put(frame));
+        self.keep_books();
+    }
+
+    #[inline(always)]
+    fn put(&mut self, frame: Frame) {
         let chunk = frame.chunk;
         if !Arc::ptr_eq(chunk.region(), &self.region) {
             return; // dropped, it finds home
@@ -70,7 +83,6 @@ impl Pool {
             self.bring_back(class, BULK[class as usize]);
         }
         self.idle[class as usize].push(chunk);
-        self.keep_books();
     }
 
     #[inline]
