@@ -186,7 +186,8 @@ impl<'a> Joint<'a> {
             if wanted.contains(&port) && !self.guests.contains_key(&port) {
                 let path = self.lab.places().socket.with_file_name(format!("{name}.sock"));
                 let meeting = Meeting::Connect(path);
-                let guest = wait_until("a guest connects", PATIENCE, || Guest::meet(&meeting, 1, guest::ENTRIES))?;
+                let guest =
+                    wait_until("a guest connects", PATIENCE, || Guest::meet(&meeting, 1, guest::ENTRIES))?;
                 self.guests.insert(port, guest);
             }
         }
