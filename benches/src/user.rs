@@ -10,6 +10,7 @@
 //! Sluice's vNICs are always under MAC, IP, DHCP and RA guard. The peers are once without any policy, and, named so, with
 //! anti-spoofing and ten rules.
 
+mod distance;
 mod hugepages;
 mod ovs;
 mod policy;
@@ -146,7 +147,9 @@ fn measure_one(setup: &Setup, options: &Options, row: &mut Row) -> Result<()> {
         Switch::Stacks { has_offloads } => row.add_stream(stacks(has_offloads, options.tcp_seconds)?),
         Switch::Wire | Switch::Ovs { .. } | Switch::Sluice { .. } => {
             let between = if setup.lane == Lane::Xdp { xdp_sockets } else { rings };
+            row.add_distance(distance::between(GENERATOR_CPU, switch_cpu()?)?);
             row.add(between(setup, options)?);
+            row.add_distance(distance::between(GENERATOR_CPU, switch_cpu()?)?);
         }
     }
     Ok(())

@@ -28,9 +28,24 @@ pub(crate) struct Row {
     one_flow: Vec<f64>,
     many_flows: Vec<f64>,
     tcp: Vec<f64>,
+    /// Nanoseconds from the generator's core to the switch's, before and after each measurement.
+    distances: Vec<f64>,
 }
 
 impl Row {
+    /// How far the two cores are from each other now.
+    pub(crate) fn add_distance(&mut self, nanoseconds: f64) {
+        self.distances.push(nanoseconds);
+    }
+
+    /// The nearest and the farthest, in words.
+    fn distances(&self) -> String {
+        let ends = self.distances.iter().fold(None, |ends: Option<(f64, f64)>, &at| {
+            Some(ends.map_or((at, at), |(low, high)| (low.min(at), high.max(at))))
+        });
+        ends.map_or("-".to_owned(), |(low, high)| format!("{low:.0}-{high:.0}"))
+    }
+
     /// One flow, and many.
     pub(crate) fn add(&mut self, [one, many]: [f64; 2]) {
         self.one_flow.push(one);
@@ -113,11 +128,15 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "\n{}", self.machine)?;
         let many = format!("{} fl.", self.flows);
-        writeln!(f, "{:<16}|{:>8} {:>8} |{:>8} {:>8} |{:>8}", "", "64 B", "times", many, "times", "TCP")?;
         writeln!(
             f,
-            "{:<16}|{:>8} {:>8} |{:>8} {:>8} |{:>8}",
-            "medians", "Mpps", "OVS", "Mpps", "OVS", "Gbit/s"
+            "{:<16}|{:>8} {:>8} |{:>8} {:>8} |{:>8} |{:>10}",
+            "", "64 B", "times", many, "times", "TCP", "core to"
+        )?;
+        writeln!(
+            f,
+            "{:<16}|{:>8} {:>8} |{:>8} {:>8} |{:>8} |{:>10}",
+            "medians", "Mpps", "OVS", "Mpps", "OVS", "Gbit/s", "core, ns"
         )?;
         for setup in &self.order {
             let Some(row) = self.setups.get(setup.name) else { continue };
@@ -129,13 +148,14 @@ impl fmt::Display for Report {
             let ratio = |samples: fn(&Row) -> Vec<f64>| cell(self.ratio(setup.name, peer, samples), 2);
             writeln!(
                 f,
-                "{:<16}|{:>8} {:>8} |{:>8} {:>8} |{:>8}",
+                "{:<16}|{:>8} {:>8} |{:>8} {:>8} |{:>8} |{:>10}",
                 setup.name,
                 cell(middle(&row.one_flow), 2),
                 ratio(|row| row.one_flow.clone()),
                 cell(middle(&row.many_flows), 2),
                 ratio(|row| row.many_flows.clone()),
                 cell(middle(&row.tcp), 2),
+                row.distances(),
             )?;
         }
         writeln!(f)?;

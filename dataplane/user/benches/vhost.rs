@@ -118,7 +118,7 @@ fn from_guest(guest: &mut Guest, end: &mut FromGuest, pool: &mut Pool, len: u32,
         end.receive(pool, &mut batch);
         times.push(begun.elapsed());
         count += batch.len();
-        batch.give(pool);
+        batch.recycle(pool);
         while guest.rings[1].reap(&guest.ram).is_some() {}
     }
     assert_eq!(count, BATCH * BATCHES as usize, "every frame came");
@@ -135,7 +135,7 @@ fn to_guest(guest: &mut Guest, end: &mut ToGuest, pool: &mut Pool, len: u32, lay
         }
         guest.rings[0].show(&guest.ram);
         for _ in 0..BATCH {
-            batch.push(pool.copy(&bytes).expect("there are chunks"));
+            batch.add(pool, bytes.len()).expect("there are chunks").bytes_mut().copy_from_slice(&bytes);
         }
         let begun = Instant::now();
         count += end.transmit(pool, &mut batch);

@@ -8,6 +8,8 @@
 //! by the dozen. The small chunks of a region lie side by side, so that they can be registered as the UMEM of AF_XDP
 //! sockets: a frame received from one port leaves by another without being copied.
 
+use std::sync::Arc;
+
 mod buffer;
 mod offload;
 mod pool;
@@ -71,6 +73,22 @@ impl Frame {
     fn range(&self) -> std::ops::Range<usize> {
         let start = self.start as usize;
         start..start + self.length as usize
+    }
+
+    /// Makes it a frame of so many bytes, which its chunk has room for, at the place where a new one begins. What is in them is left
+    /// from earlier frames, which may have been of other tenants.
+    #[inline(always)]
+    pub(crate) fn renew(&mut self, bytes: usize) {
+        self.start = HEADROOM as u32;
+        debug_assert!(bytes <= self.chunk.capacity() - HEADROOM, "it was taken for so many");
+        self.length = bytes as u32;
+        self.offload = Offload::default();
+    }
+
+    /// Whether its chunk is a small one.
+    #[inline]
+    pub(crate) fn is_small(&self) -> bool {
+        self.chunk.capacity() == SMALL_CHUNK
     }
 
     /// How many bytes can still be appended.
@@ -168,7 +186,8 @@ impl Frame {
     }
 
     /// The region that it belongs to.
-    pub fn region(&self) -> &Region {
+    #[inline]
+    pub fn region(&self) -> &Arc<Region> {
         self.chunk.region()
     }
 }

@@ -8,84 +8,123 @@
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
-use crate::frame::{Frame, Pool};
+use crate::frame::{Frame, HEADROOM, Pool, SMALL_CHUNK};
 
 /// Most frames of a batch.
 pub const BATCH: usize = 32;
+
+/// The longest frame that fits into a small chunk.
+const LONGEST_SMALL: usize = SMALL_CHUNK - HEADROOM;
 
 /// Segments of super-frames after which a batch from a guest is over, however few frames it has. It bounds how long a
 /// guest can keep a worker with cutting; batches of super-frames for ordinary links stay below.
 pub const BATCH_SEGMENTS: usize = 4096;
 
-/// Frames on their way together, in order.
+/// Frames on their way together, in order; and behind them, spare ones: what was sent by copying it serves for what is received next,
+/// without a way through the pool. They are small, and count as in use: whoever has nothing more to do [gives](Self::give) them back.
 #[derive(Debug)]
 pub struct Batch {
     frames: Vec<Frame>,
+    count: usize,
 }
 
 impl Batch {
     /// An empty batch.
     pub fn new() -> Batch {
-        Batch { frames: Vec::with_capacity(BATCH) }
+        Batch { frames: Vec::with_capacity(BATCH), count: 0 }
     }
 
     /// How many frames still fit.
     #[inline]
     pub fn room(&self) -> usize {
-        BATCH.saturating_sub(self.frames.len())
+        BATCH.saturating_sub(self.count)
     }
 
     /// How many there are.
     #[inline]
     pub fn len(&self) -> usize {
-        self.frames.len()
+        self.count
     }
 
     /// Whether there are none.
     #[inline]
     pub fn is_empty(&self) -> bool {
-        self.frames.is_empty()
+        self.count == 0
     }
 
     /// Appends a frame. A full batch grows: callers look at [`room`](Self::room) first.
     #[inline]
     pub fn push(&mut self, frame: Frame) {
         self.frames.push(frame);
+        let last = self.frames.len() - 1;
+        // The first spare one, if there is any, becomes the last.
+        self.frames.swap(self.count, last);
+        self.count += 1;
+    }
+
+    /// Appends a frame of so many bytes, which are to be written: what is in them is left from earlier frames. `None`, and nothing
+    /// is done, if there is no chunk left, or none so long.
+    #[inline(always)]
+    pub fn add(&mut self, pool: &mut Pool, bytes: usize) -> Option<&mut Frame> {
+        if self.count == self.frames.len() || bytes > LONGEST_SMALL {
+            self.push(pool.take(bytes)?);
+        } else {
+            self.count += 1;
+        }
+        let frame = self.frames.get_mut(self.count - 1)?;
+        frame.renew(bytes);
+        Some(frame)
     }
 
     /// The frames.
     #[inline]
     pub fn frames(&self) -> &[Frame] {
-        &self.frames
+        &self.frames[..self.count]
     }
 
     /// The frames, to be changed.
     #[inline]
     pub fn frames_mut(&mut self) -> &mut [Frame] {
-        &mut self.frames
+        &mut self.frames[..self.count]
     }
 
     /// Takes the last frame out.
     #[inline]
     pub fn pop(&mut self) -> Option<Frame> {
-        self.frames.pop()
+        self.count = self.count.checked_sub(1)?;
+        Some(self.frames.swap_remove(self.count))
     }
 
     /// Takes all frames out, in order.
     #[inline]
     pub fn drain(&mut self) -> std::vec::Drain<'_, Frame> {
-        self.frames.drain(..)
+        self.frames.drain(..std::mem::take(&mut self.count))
     }
 
     /// Gives all frames but the first `kept` back to a pool.
     pub fn truncate(&mut self, kept: usize, pool: &mut Pool) {
-        pool.give_all(self.frames.drain(kept.min(self.frames.len())..));
+        let kept = kept.min(self.count);
+        pool.give_all(self.frames.drain(kept..self.count));
+        self.count = kept;
     }
 
-    /// Gives all frames back to a pool.
+    /// Gives all frames back to a pool, spare ones too.
     pub fn give(&mut self, pool: &mut Pool) {
+        self.count = 0;
         pool.give_all(self.frames.drain(..));
+    }
+
+    /// Makes all frames spare ones, as many as a batch has. With large ones among them, or some of another region, all are given back.
+    pub fn recycle(&mut self, pool: &mut Pool) {
+        let is_spare = |frame: &Frame| frame.is_small() && Arc::ptr_eq(frame.region(), pool.region());
+        if self.frames().iter().all(is_spare) {
+            self.count = 0;
+            pool.give_all(self.frames.drain(self.frames.len().min(BATCH)..));
+        } else {
+            self.give(pool);
+        }
     }
 }
 
@@ -144,7 +183,7 @@ pub trait Receive: Send + fmt::Debug {
 /// The way out: a queue that workers write, one at a time.
 pub trait Transmit: Send + fmt::Debug {
     /// Takes all frames of the batch, in order, and leaves it empty. Answers how many were sent, best the first ones; the others
-    /// are given back to the pool, as are those whose bytes were copied. Every frame is as [`accepts`](Self::accepts) said.
+    /// are given back to the pool, as are those whose bytes were copied, unless they are kept as [spare ones](Batch::recycle). Every frame is as [`accepts`](Self::accepts) said.
     fn transmit(&mut self, pool: &mut Pool, batch: &mut Batch) -> usize;
 
     /// What it takes beyond plain frames, now: it may change while running, as guests negotiate.

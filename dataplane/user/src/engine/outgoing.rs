@@ -96,6 +96,11 @@ impl Outgoing {
         *used = 0;
     }
 
+    /// Gives spare frames back.
+    pub(super) fn release(&mut self, pool: &mut Pool) {
+        self.groups.iter_mut().for_each(|group| group.frames.give(pool));
+    }
+
     /// Notifies the other ends of all that was sent.
     pub(super) fn flush(&mut self) {
         for (egress, lane) in self.silent.drain(..) {

@@ -84,6 +84,11 @@ impl Processor {
         self.flush();
     }
 
+    /// Gives back the frames that it keeps for what comes next: to be called when nothing does.
+    pub fn release(&mut self) {
+        self.outgoing.release(&mut self.pool);
+    }
+
     /// Notifies the other ends of all ports that frames were sent to since the last time.
     pub fn flush(&mut self) {
         self.outgoing.flush();

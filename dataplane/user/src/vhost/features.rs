@@ -2,6 +2,7 @@
 
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
+use super::header::HeaderKind;
 use crate::port::Accepts;
 
 /// Feature bits of virtio and virtio-net (VIRTIO 1.3, 5.1.3 and 6).
@@ -120,7 +121,11 @@ impl Features {
     /// Bytes of the header in front of each frame: with a count of buffers, or, for old drivers that do not merge, without.
     #[must_use]
     pub fn header_len(self) -> usize {
-        if self.has(bit::VERSION_1 | bit::MRG_RXBUF) { 12 } else { 10 }
+        self.header_kind().len()
+    }
+
+    pub(super) fn header_kind(self) -> HeaderKind {
+        if self.has(bit::VERSION_1 | bit::MRG_RXBUF) { HeaderKind::Long } else { HeaderKind::Short }
     }
 
     /// What the guest takes.

@@ -14,6 +14,26 @@ use crate::port::Accepts;
 /// The longest header, with a count of buffers.
 pub(crate) const MAX_HEADER: usize = 12;
 
+/// How long a queue's headers are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HeaderKind {
+    /// Without a count of buffers: of drivers from before virtio 1.0.
+    Short,
+    /// With it.
+    Long,
+}
+
+impl HeaderKind {
+    /// Bytes.
+    #[inline(always)]
+    pub(crate) fn len(self) -> usize {
+        match self {
+            HeaderKind::Short => 10,
+            HeaderKind::Long => MAX_HEADER,
+        }
+    }
+}
+
 const NEEDS_CSUM: u8 = 1;
 /// The bytes hold a checksum that somebody has checked.
 pub(crate) const DATA_VALID: u8 = 2;
@@ -34,6 +54,30 @@ const VLAN_TAGS: [u16; 2] = [0x8100, 0x88a8];
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
+/// A header as it lies in memory, but for the count of buffers, of which drivers say nothing: in words, since bytes are taken apart
+/// one by one.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RawHeader {
+    /// Flags, kind of segments, length of headers, size of segments, where the checksum begins.
+    words: u64,
+    /// Where it goes.
+    csum_offset: u16,
+}
+
+impl RawHeader {
+    #[inline(always)]
+    pub(crate) fn new(first: [u8; 8], csum_offset: [u8; 2]) -> Self {
+        Self { words: u64::from_le_bytes(first), csum_offset: u16::from_le_bytes(csum_offset) }
+    }
+
+    /// Whether nothing is to be done. DATA_VALID is not for drivers to set: what they claim of their own checksums is not believed.
+    #[inline(always)]
+    pub(crate) fn asks_nothing(self) -> bool {
+        const ASKED: u64 = NEEDS_CSUM as u64 | 0xff << 8;
+        self.words & ASKED == 0
+    }
+}
+
 /// A header, as it was read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Header {
@@ -44,24 +88,28 @@ pub(crate) struct Header {
     csum_offset: u16,
 }
 
-impl Header {
-    #[inline]
-    pub(crate) fn parse(bytes: &[u8; MAX_HEADER]) -> Self {
-        let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+impl From<RawHeader> for Header {
+    fn from(RawHeader { words, csum_offset }: RawHeader) -> Self {
         Self {
-            flags: bytes[0],
-            gso_type: bytes[1],
-            gso_size: word(4),
-            csum_start: word(6),
-            csum_offset: word(8),
+            flags: words as u8,
+            gso_type: (words >> 8) as u8,
+            gso_size: (words >> 32) as u16,
+            csum_start: (words >> 48) as u16,
+            csum_offset,
         }
+    }
+}
+
+impl Header {
+    pub(crate) fn parse(bytes: &[u8; MAX_HEADER]) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j, ..] = *bytes;
+        RawHeader::new([a, b, c, d, e, f, g, h], [i, j]).into()
     }
 
     /// What the header asks to be done to `frame`, if it may.
     #[inline]
     pub(crate) fn offload(&self, frame: &[u8], allowed: Accepts) -> Result<Offload, FrameFault> {
         if self.flags & NEEDS_CSUM == 0 && self.gso_type == GSO_NONE {
-            // DATA_VALID is not for drivers to set; what they claim of their own checksums is not believed.
             return Ok(Offload::default());
         }
         self.asked(frame, allowed)

@@ -6,14 +6,13 @@
 //!
 //! The queue's lock is held around each call: by the worker for a batch, by the session while it changes something.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::chain::{Direction, MAX_CHAIN, Rules, Segment};
 use super::counters::Counters;
 use super::error::{FrameFault, QueueError};
 use super::features::{Features, bit};
-use super::header::{Header, MAX_HEADER, header_for};
+use super::header::{Header, HeaderKind, MAX_HEADER, RawHeader, header_for};
 use super::log::DirtyLog;
 use super::memory::{Access, GuestMemory};
 use super::notify::EventFd;
@@ -50,13 +49,15 @@ pub(super) struct Live<Q: Virtqueue> {
     /// How many mappings of the process had broken when the guest's memory was last seen whole.
     breaks_seen: usize,
     rules: Rules,
-    header_len: usize,
+    header: HeaderKind,
     mergeable: bool,
     accepts: Accepts,
     longest_frame: usize,
     log: Option<Arc<DirtyLog>>,
     /// Chains that wait, looked at ahead, so that what they lead to is near when its turn comes.
-    heads: VecDeque<(Q::Chain, Descriptor)>,
+    heads: Vec<(Q::Chain, Descriptor)>,
+    /// How many of them have been taken.
+    taken: usize,
     /// The pieces of the frame at hand.
     segments: Vec<Segment>,
     /// The chains of the frame at hand, and how much of each is filled.
@@ -95,12 +96,13 @@ impl<Q: Virtqueue> Live<Q> {
         };
         Self {
             rules: Rules { direction: terms.direction, indirect: features.has(bit::INDIRECT_DESC) },
-            header_len: features.header_len(),
+            header: features.header_kind(),
             mergeable: features.has(bit::MRG_RXBUF),
             accepts,
             longest_frame: terms.longest_frame,
             log: terms.log,
-            heads: VecDeque::with_capacity(2 * BATCH),
+            heads: Vec::with_capacity(2 * BATCH),
+            taken: 0,
             segments: Vec::with_capacity(MAX_CHAIN as usize),
             chains: Vec::with_capacity(64),
             // One that it is not: the first look is a close one.
@@ -147,6 +149,8 @@ impl<Q: Virtqueue> Live<Q> {
     }
 
     /// Takes frames from the guest, as many as the batch has room for.
+    // Put into one function with that of the other kind of ring, it has no registers to spare.
+    #[inline(never)]
     pub(super) fn receive(
         &mut self,
         pool: &mut Pool,
@@ -195,10 +199,11 @@ impl<Q: Virtqueue> Live<Q> {
     /// Looks at chains that wait, up to so many, and has the first bytes of their buffers brought near.
     #[inline(always)]
     fn approach(&mut self, chains: usize, access: Access) {
+        self.heads.drain(..std::mem::take(&mut self.taken));
         let known = self.heads.len();
         if known < chains {
             self.ring.peek(chains, &mut self.heads);
-            for (_, first) in self.heads.range(known..) {
+            for (_, first) in &self.heads[known..] {
                 self.memory.prefetch(first.address, access);
             }
         }
@@ -207,8 +212,11 @@ impl<Q: Virtqueue> Live<Q> {
     /// The next chain, by its first descriptor. If it is not completed, or with others, [`forget`](Self::forget) has to be told.
     #[inline(always)]
     fn next(&mut self) -> Result<Option<(Q::Chain, Descriptor)>, QueueError> {
-        match self.heads.pop_front() {
-            Some(head) => Ok(Some(head)),
+        match self.heads.get(self.taken) {
+            Some(head) => {
+                self.taken += 1;
+                Ok(Some(*head))
+            }
             None => self.ring.first(),
         }
     }
@@ -217,6 +225,7 @@ impl<Q: Virtqueue> Live<Q> {
     #[cold]
     fn forget(&mut self) {
         self.heads.clear();
+        self.taken = 0;
     }
 
     /// Takes one frame into the batch.
@@ -246,56 +255,66 @@ impl<Q: Virtqueue> Live<Q> {
             Ok(len) => len,
             Err(fault) => return Ok(self.give_back(chain, fault)),
         };
-        let Some(mut frame) = pool.take(len) else {
+        let Some(frame) = batch.add(pool, len) else {
             self.forget();
             return Ok(Taken::Nothing);
         };
-        let mut header = [0; MAX_HEADER];
-        let parts = (&mut header[..self.header_len], frame.spare_mut().get_mut(..len).unwrap_or_default());
         let read = if is_plain {
             let outside = QueueError::Outside { address: first.address, len: first.len };
-            self.memory.read_two(first.address, parts.0, parts.1).map_err(|_| outside)
+            self.memory.read_frame(first.address, self.header, frame.bytes_mut()).map_err(|_| outside)
         } else {
-            gather(&self.memory, &self.segments, [parts.0, parts.1])
+            self.gather(frame.bytes_mut())
         };
-        if let Err(error) = read {
-            pool.give(frame);
-            return Err(error);
+        let believed = match read {
+            Ok(header) => self.believe(header, frame, len),
+            Err(error) => {
+                batch.truncate(batch.len() - 1, pool);
+                return Err(error);
+            }
+        };
+        match believed {
+            Ok(segments) => *work += segments,
+            Err(fault) => {
+                batch.truncate(batch.len() - 1, pool);
+                return Ok(self.give_back(chain, fault));
+            }
         }
-        frame.advance(len);
-        if let Err(fault) = self.believe(&header, &mut frame) {
-            pool.give(frame);
-            return Ok(self.give_back(chain, fault));
-        }
-        *work += frame.offload().segments(len);
         self.ring.complete(chain, 0);
-        batch.push(frame);
         Ok(Taken::Frame(len as u64))
     }
 
-    /// Does what the header of a frame asks, if it may.
+    /// Does what the header of a frame asks, if it may; answers how many segments are to be made of it.
     #[inline(always)]
-    fn believe(&self, header: &[u8; MAX_HEADER], frame: &mut Frame) -> Result<(), FrameFault> {
-        let offload = Header::parse(header).offload(frame.bytes(), self.accepts)?;
-        if offload.gso.is_none() && frame.len() > self.longest_frame {
+    fn believe(&self, header: RawHeader, frame: &mut Frame, len: usize) -> Result<usize, FrameFault> {
+        if header.asks_nothing() {
+            return if len > self.longest_frame { Err(FrameFault::Oversize) } else { Ok(0) };
+        }
+        let offload = Header::from(header).offload(frame.bytes(), self.accepts)?;
+        if offload.gso.is_none() && len > self.longest_frame {
             return Err(FrameFault::Oversize);
         }
-        if offload.is_complete() {
-            return Ok(());
-        }
-        frame.set_offload(offload).map_err(|_| FrameFault::ChecksumOutside)
+        frame.set_offload(offload).map_err(|_| FrameFault::ChecksumOutside)?;
+        Ok(offload.segments(frame.len()))
     }
 
     /// Bytes of the frame in a chain of so many bytes.
     #[inline(always)]
     fn frame_len(&self, bytes: u64) -> Result<usize, FrameFault> {
-        let shortest = (self.header_len + SHORTEST_FRAME) as u64;
-        let longest = (self.header_len + LONGEST_FRAME) as u64;
+        let shortest = (self.header.len() + SHORTEST_FRAME) as u64;
+        let longest = (self.header.len() + LONGEST_FRAME) as u64;
         match bytes {
             _ if bytes < shortest => Err(FrameFault::Runt),
             _ if bytes > longest => Err(FrameFault::Oversize),
-            _ => Ok(bytes as usize - self.header_len),
+            _ => Ok(bytes as usize - self.header.len()),
         }
+    }
+
+    /// Fills a frame, and the header before it, from the pieces at hand.
+    fn gather(&self, frame: &mut [u8]) -> Result<RawHeader, QueueError> {
+        let mut header = [0; MAX_HEADER];
+        gather(&self.memory, &self.segments, [&mut header[..self.header.len()], frame])?;
+        let [a, b, c, d, e, f, g, h, i, j, ..] = header;
+        Ok(RawHeader::new([a, b, c, d, e, f, g, h], [i, j]))
     }
 
     /// Gives a chain back whose frame goes nowhere.
@@ -306,6 +325,8 @@ impl<Q: Virtqueue> Live<Q> {
     }
 
     /// Puts frames into the guest; answers how many went in.
+    // As above.
+    #[inline(never)]
     pub(super) fn deliver(
         &mut self,
         frames: &[Frame],
@@ -322,7 +343,15 @@ impl<Q: Virtqueue> Live<Q> {
         let mut work = 0;
         self.approach(frames.len(), Access::Write);
         for (index, frame) in frames.iter().enumerate() {
-            match self.put(frame, &mut work) {
+            let put = match self.put(frame, &mut work) {
+                // A long frame takes more chains than were looked for.
+                Err(Refusal::NoBuffers) => {
+                    let looked = self.ring.look(usize::MAX).map_err(Refusal::from);
+                    looked.and_then(|()| self.put(frame, &mut work))
+                }
+                put => put,
+            };
+            match put {
                 Ok(()) => {
                     *sent += 1;
                     bytes += frame.len() as u64;
@@ -355,12 +384,12 @@ impl<Q: Virtqueue> Live<Q> {
         }
         let mut header = header_for(frame.bytes(), frame.offload(), self.accepts).map_err(Refusal::Frame)?;
         let Some((chain, first)) = self.next()? else { return Err(Refusal::NoBuffers) };
-        let wanted = self.header_len + frame.len();
+        let wanted = self.header.len() + frame.len();
         if first.flags == WRITE && first.len as usize >= wanted {
             *work += 1;
             let outside = QueueError::Outside { address: first.address, len: first.len };
             self.memory
-                .write_two(first.address, &header[..self.header_len], frame.bytes())
+                .write_frame(first.address, self.header, &header, frame.bytes())
                 .map_err(|_| outside)?;
             if let Some(log) = &self.log {
                 log.mark(first.address, wanted as u64);
@@ -373,11 +402,11 @@ impl<Q: Virtqueue> Live<Q> {
             return Err(refusal);
         }
         header[10..12].copy_from_slice(&(self.chains.len() as u16).to_le_bytes());
-        self.scatter([&header[..self.header_len], frame.bytes()])?;
+        self.scatter([&header[..self.header.len()], frame.bytes()])?;
         // One of them has been taken.
         let heads = self.chains.iter().try_fold(0, |sum, (chain, _)| Some(sum + Q::heads_of(*chain)?));
-        let others = heads.map_or(self.heads.len(), |heads| (heads - 1).min(self.heads.len()));
-        self.heads.drain(..others);
+        let others = heads.map_or(usize::MAX, |heads| heads - 1);
+        self.taken = self.taken.saturating_add(others).min(self.heads.len());
         for (chain, filled) in &self.chains {
             self.ring.complete(*chain, *filled);
         }

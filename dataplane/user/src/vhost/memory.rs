@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64};
 use rustix::fs::{FileType, fstat, fstatfs};
 
 use super::error::MemoryError;
-use super::header::MAX_HEADER;
+use super::header::{HeaderKind, MAX_HEADER, RawHeader};
 use super::sigbus::Registration;
 pub(super) use crate::hint::{Access, CACHE_LINE, prefetch};
 
@@ -333,42 +333,61 @@ impl GuestMemory {
         })
     }
 
-    /// Copies bytes that follow each other out of the guest, into two places.
+    /// Copies a header of virtio-net, of which the first ten bytes say everything, and what follows it out of the guest.
     ///
     /// # Errors
     ///
     /// As for [`read`](Self::read).
     #[inline(always)]
-    pub fn read_two(&self, guest: u64, first: &mut [u8], second: &mut [u8]) -> Result<(), OutsideMemory> {
-        let Some(from) = self.locate(guest, first.len() + second.len()) else {
-            self.read(guest, first)?;
-            return self.read(guest.checked_add(first.len() as u64).ok_or(OutsideMemory)?, second);
+    pub(super) fn read_frame(
+        &self,
+        guest: u64,
+        kind: HeaderKind,
+        out: &mut [u8],
+    ) -> Result<RawHeader, OutsideMemory> {
+        let Some(from) = self.locate(guest, kind.len() + out.len()) else {
+            let (mut first, mut rest) = ([0; 8], [0; 2]);
+            let at = |offset: usize| guest.checked_add(offset as u64).ok_or(OutsideMemory);
+            self.read(guest, &mut first)?;
+            self.read(at(8)?, &mut rest)?;
+            self.read(at(kind.len())?, out)?;
+            return Ok(RawHeader::new(first, rest));
         };
-        // SAFETY: `locate` checked both pieces of the source; the destinations are this program's own.
+        // SAFETY: `locate` checked both pieces of the source, the first of which has ten bytes at least; the destination is this
+        // program's own.
         unsafe {
-            copy(from.as_ptr(), first.as_mut_ptr(), first.len());
-            let from = from.add(first.len());
-            copy(from.as_ptr(), second.as_mut_ptr(), second.len());
+            // As words, not as ten or twelve bytes: that would be a call.
+            let header = RawHeader::new(from.cast().read(), from.add(8).cast().read());
+            copy(from.add(kind.len()).as_ptr(), out.as_mut_ptr(), out.len());
+            Ok(header)
         }
-        Ok(())
     }
 
-    /// Copies bytes from two places into the guest, one after the other.
+    /// Copies a header of virtio-net, as much of it as this kind has, and what follows it into the guest.
     ///
     /// # Errors
     ///
     /// As for [`write`](Self::write).
     #[inline(always)]
-    pub fn write_two(&self, guest: u64, first: &[u8], second: &[u8]) -> Result<(), OutsideMemory> {
-        let Some(to) = self.locate(guest, first.len() + second.len()) else {
-            self.write(guest, first)?;
-            return self.write(guest.checked_add(first.len() as u64).ok_or(OutsideMemory)?, second);
+    pub(super) fn write_frame(
+        &self,
+        guest: u64,
+        kind: HeaderKind,
+        header: &[u8; MAX_HEADER],
+        bytes: &[u8],
+    ) -> Result<(), OutsideMemory> {
+        let Some(to) = self.locate(guest, kind.len() + bytes.len()) else {
+            self.write(guest, &header[..kind.len()])?;
+            return self.write(guest.checked_add(kind.len() as u64).ok_or(OutsideMemory)?, bytes);
         };
-        // SAFETY: `locate` checked both pieces of the destination; the sources are this program's own.
+        let short = header.first_chunk::<10>();
+        // SAFETY: `locate` checked both pieces of the destination; the source is this program's own.
         unsafe {
-            copy(first.as_ptr(), to.as_ptr(), first.len());
-            let to = to.add(first.len());
-            copy(second.as_ptr(), to.as_ptr(), second.len());
+            match (kind, short) {
+                (HeaderKind::Short, Some(short)) => to.cast().write(*short),
+                _ => to.cast().write(*header),
+            }
+            copy(bytes.as_ptr(), to.add(kind.len()).as_ptr(), bytes.len());
         }
         Ok(())
     }
@@ -408,7 +427,7 @@ impl GuestMemory {
     }
 }
 
-/// Copies bytes. Headers and short frames are copied in place: for them, a call costs as much as the copy.
+/// Copies bytes. Short frames are copied in place: for them, a call costs as much as the copy.
 ///
 /// # Safety
 ///
@@ -420,7 +439,6 @@ unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
     // SAFETY: the caller's; each piece lies in the first `len` bytes.
     unsafe {
         match len {
-            MAX_HEADER => copy_nonoverlapping(from, to, MAX_HEADER),
             // The halves overlap where it is shorter than both.
             HALF..=64 => {
                 copy_nonoverlapping(from, to, HALF);

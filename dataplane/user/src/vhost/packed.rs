@@ -261,7 +261,7 @@ impl Virtqueue for Packed {
     /// Chains of one slot are easily found, up to the first of several. The processor finds out by itself that slots lie one
     /// behind the other, whichever side they come from.
     #[inline]
-    fn peek(&self, wanted: usize, heads: &mut VecDeque<(Chain, Descriptor)>) {
+    fn peek(&self, wanted: usize, heads: &mut Vec<(Chain, Descriptor)>) {
         if !self.left.is_empty() {
             return;
         }
@@ -273,7 +273,7 @@ impl Virtqueue for Packed {
             if descriptor.is(NEXT) || slot.id >= size {
                 return;
             }
-            heads.push_back((Chain { id: slot.id, slots: 1 }, descriptor));
+            heads.push((Chain { id: slot.id, slots: 1 }, descriptor));
         }
     }
 

@@ -142,7 +142,7 @@ impl Transmit for ToGuest {
         if sent > 0 {
             self.silent = Some(index);
         }
-        batch.give(pool);
+        batch.recycle(pool);
         sent
     }
 
@@ -209,7 +209,7 @@ mod tests {
         let mut pool = Pool::new(&Region::new(RegionLayout { small: 16, large: 4 }).unwrap());
         let mut batch = Batch::new();
         let mut attempt = |to: &mut ToGuest| {
-            batch.push(pool.copy(&[0; 60]).unwrap());
+            batch.add(&mut pool, 60).unwrap();
             assert_eq!(to.transmit(&mut pool, &mut batch), 0);
             to.silent = Some(0);
             to.flush();

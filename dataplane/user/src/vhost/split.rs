@@ -158,7 +158,7 @@ impl Virtqueue for Split {
     /// Where they are given back is brought near too, and the descriptors of those behind. Drivers use descriptors one behind
     /// the other for the most part: four of them come at once.
     #[inline]
-    fn peek(&self, wanted: usize, heads: &mut VecDeque<(u16, Descriptor)>) {
+    fn peek(&self, wanted: usize, heads: &mut Vec<(u16, Descriptor)>) {
         if !self.left.is_empty() {
             return;
         }
@@ -172,7 +172,7 @@ impl Virtqueue for Split {
             if head >= self.ring.size() {
                 return;
             }
-            heads.push_back((head, self.ring.descriptor(head)));
+            heads.push((head, self.ring.descriptor(head)));
         }
         let behind = waiting.min(wanted + BATCH);
         if known < wanted && wanted < behind {

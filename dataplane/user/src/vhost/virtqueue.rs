@@ -4,7 +4,6 @@
 //! they wait, and ends with [`show`](Virtqueue::show). Chains of the next one may be [`peek`](Virtqueue::peek)ed at before. The data path is compiled once for each kind: what differs costs no
 //! decision per frame.
 
-use std::collections::VecDeque;
 use std::fmt;
 
 use super::chain::{Rules, Segment};
@@ -35,7 +34,7 @@ pub(super) trait Virtqueue: fmt::Debug {
 
     /// Appends chains that wait behind those that `heads` has, until it has so many, as far as they are easily found: as
     /// [`first`](Self::first) will have them. Only the front of `heads` may be left out of it, and only when it was completed.
-    fn peek(&self, wanted: usize, heads: &mut VecDeque<(Self::Chain, Descriptor)>);
+    fn peek(&self, wanted: usize, heads: &mut Vec<(Self::Chain, Descriptor)>);
 
     /// How many of `heads` a chain has been: none says that they are to be forgotten.
     fn heads_of(chain: Self::Chain) -> Option<usize>;

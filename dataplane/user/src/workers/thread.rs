@@ -178,6 +178,7 @@ impl Thread {
             queues: Vec::new(),
             batch: Batch::new(),
             silent_since: None,
+            is_unsettled: false,
         };
         let (there, pinned) = std::sync::mpsc::channel();
         let handle = std::thread::Builder::new().name(format!("sluice-worker-{core}")).spawn(move || {
@@ -244,6 +245,8 @@ struct Worker {
     batch: Batch,
     /// Since when others have been without notice.
     silent_since: Option<u64>,
+    /// It has worked since it settled.
+    is_unsettled: bool,
 }
 
 impl Worker {
@@ -253,7 +256,7 @@ impl Worker {
         let mut last_busy = time;
         loop {
             if self.mailbox.has_any.load(Ordering::Acquire) {
-                self.notify();
+                self.settle();
                 if !self.obey() {
                     return;
                 }
@@ -266,7 +269,7 @@ impl Worker {
                 last_busy = time;
                 continue;
             }
-            self.notify();
+            self.settle();
             time = now();
             if time.saturating_sub(last_busy) >= spin {
                 let is_nap = self.sleep(time);
@@ -302,12 +305,22 @@ impl Worker {
             *time = end;
             worked = true;
             served.is_silent = true;
+            self.is_unsettled = true;
             let since = *self.silent_since.get_or_insert(begin);
             if end.saturating_sub(since) >= SILENCE {
                 self.notify();
             }
         }
         worked
+    }
+
+    /// When there is nothing more to do: leaves nobody without notice, and keeps no frames.
+    fn settle(&mut self) {
+        if std::mem::take(&mut self.is_unsettled) {
+            self.notify();
+            self.batch.give(self.processor.pool());
+            self.processor.release();
+        }
     }
 
     /// Notifies the other ends of what was taken and sent.

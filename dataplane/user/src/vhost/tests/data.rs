@@ -142,6 +142,32 @@ fn frames_go_into_one_buffer_or_several() {
     }
 }
 
+/// What is known to wait is enough for one short frame, so nobody looked at what came later.
+#[test]
+fn a_long_frame_finds_buffers_that_came_since_the_last_look() {
+    for features in BOTH {
+        let mut rig = Rig::new(TO_GUEST, 64, features);
+        let post = |rig: &mut Rig, numbers: std::ops::Range<u64>| {
+            for number in numbers {
+                rig.ring.post(&rig.ram, &[(BUFFERS + number * 128, 128, WRITE)]);
+            }
+            rig.ring.show(&rig.ram);
+        };
+        post(&mut rig, 0..4);
+        assert_eq!(rig.deliver(&[&frame(60, 0)]), Some(1));
+        post(&mut rig, 4..24);
+        let (long, short) = (frame(1400, 1), frame(60, 2));
+        assert_eq!(rig.deliver(&[&long, &short]), Some(2));
+        let mut got = Vec::new();
+        while let Some((head, written)) = rig.ring.reap(&rig.ram) {
+            got.extend(rig.ram.read(BUFFERS + u64::from(head) * 128, written as usize));
+        }
+        assert_eq!(got[72 + 12..][..1400], long);
+        assert_eq!(got[72 + 12 + 1400 + 12..], short);
+        assert_eq!(rig.counted().faults(FrameFault::NoBuffers), 0);
+    }
+}
+
 #[test]
 fn a_frame_too_long_for_the_buffers_is_counted() {
     for features in BOTH {
@@ -251,6 +277,24 @@ fn interrupts_are_coalesced_and_asked_for() {
         rig.deliver(&[&bytes[..]; 8]);
         assert_eq!(rig.calls(), 0, "none where none is wanted");
         assert_eq!(rig.counted().notifications, 1);
+    }
+}
+
+#[test]
+fn who_sends_is_notified_when_that_is_asked_for() {
+    for features in BOTH {
+        let mut rig = Rig::new(FROM_GUEST, 64, features);
+        for number in 0..2 {
+            for index in 0..8 {
+                rig.send(BUFFERS + (number * 8 + index) * 2048, [0; 12], &frame(60, 0));
+            }
+            assert_eq!(rig.receive().len(), 8);
+            assert_eq!(rig.calls(), 0, "a batch says nothing by itself");
+        }
+        rig.queue.notify(&rig.counters);
+        assert_eq!(rig.calls(), 1, "one for both");
+        rig.queue.notify(&rig.counters);
+        assert_eq!(rig.calls(), 0, "and no more");
     }
 }
 
