@@ -14,6 +14,9 @@ use crate::netns::{Netns, check};
 use crate::wait::wait_until;
 use crate::wire::{Mac, mac_text};
 
+/// VFs that a simulated NIC can have where the number is compiled into netdevsim: since Linux 7.3, by the lab's preparation.
+pub const COMPILED_VF_LIMIT: u16 = 256;
+
 /// How long drivers may take in an emulated machine on two busy cores.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 /// How often a VF is bound again that came up without its address.

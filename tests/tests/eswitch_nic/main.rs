@@ -58,9 +58,14 @@ impl Simulated {
         fs::write(path, count.to_string()).with_context(|| format!("making {count} VFs"))
     }
 
-    fn allow_vfs(&self, count: u32) -> Result<()> {
+    /// Has it refuse more VFs than so many, or than it was compiled for; answers how many.
+    fn limit_vfs(&self, count: u16) -> Result<u16> {
         let limit = format!("/sys/kernel/debug/netdevsim/netdevsim{}/max_vfs", self.number);
-        fs::write(limit, count.to_string()).context("the limit of VFs")
+        if !fs::exists(&limit)? {
+            return Ok(lab_guest::COMPILED_VF_LIMIT);
+        }
+        fs::write(limit, count.to_string()).context("the limit of VFs")?;
+        Ok(count)
     }
 
     /// As an operator changes the mode.

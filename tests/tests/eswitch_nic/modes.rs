@@ -39,18 +39,18 @@ fn there_and_back_with_all_vfs_closed() -> Result<()> {
 #[ignore = "runs in the SR-IOV lab"]
 fn what_fails_half_way_is_put_back() -> Result<()> {
     let simulated = Simulated::create(43)?;
-    simulated.allow_vfs(4)?;
+    let too_many = simulated.limit_vfs(4)? + 1;
     simulated.set_vfs(2)?;
     let mut nic = simulated.open()?;
     // The mode changes, and then so many VFs cannot be had.
-    let failed = nic.set_mode(Mode::Switchdev, 5);
-    ensure!(failed.is_err(), "5 of 4 VFs");
+    let failed = nic.set_mode(Mode::Switchdev, too_many);
+    ensure!(failed.is_err(), "{too_many} VFs");
     ensure!(nic.mode() == Mode::Legacy, "it stayed in the other mode");
     changed(&mut nic, &[])?;
     ensure!(nic.eswitch().vfs()?.len() == 2, "the former VFs are not back");
     nic.set_mode(Mode::Switchdev, 4)?;
-    let failed = nic.set_mode(Mode::Legacy, 5);
-    ensure!(failed.is_err(), "5 of 4 VFs");
+    let failed = nic.set_mode(Mode::Legacy, too_many);
+    ensure!(failed.is_err(), "{too_many} VFs");
     ensure!(nic.mode() == Mode::Switchdev && nic.eswitch().vfs()?.len() == 4, "it is not as it was");
     Ok(())
 }

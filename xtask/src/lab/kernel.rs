@@ -220,10 +220,11 @@ fn collect(unpacked: &Path, ready: &Path, release: &str) -> Result<()> {
     )
 }
 
-/// Builds the module against the kernel's headers, as stock as it is.
+/// Builds the module against the kernel's headers, as stock as it is but for [its limit of VFs](raise_vf_limit).
 fn build_netdevsim(work: &Path, unpacked: &Path, source: &Path, packaged: &Packaged) -> Result<PathBuf> {
     let base = packaged.base();
     let module = extract_netdevsim(work, source)?;
+    raise_vf_limit(&module)?;
     let headers = unpacked.join("usr/src").join(format!("linux-headers-{}", packaged.release));
     let makefile = headers.join("Makefile");
     let text = fs::read_to_string(&makefile).with_context(|| format!("reading {}", makefile.display()))?;
@@ -304,6 +305,21 @@ fn extract_netdevsim(work: &Path, package: &Path) -> Result<PathBuf> {
         }
     }
     Ok(work.join(FOLDER))
+}
+
+/// Lets a simulated NIC have as many VFs as large NICs do. Until Linux 7.2 the tests ask for that when they run; since 7.3 the
+/// number is compiled in.
+fn raise_vf_limit(module: &Path) -> Result<()> {
+    const STOCK: &str = "#define NSIM_BUS_DEV_MAX_VFS 4\n";
+    let at = |name: &str| module.join(name);
+    let read =
+        |name: &str| fs::read_to_string(at(name)).with_context(|| format!("reading {name} of netdevsim"));
+    let is_settable = read("dev.c")?.contains("\"max_vfs\"") || read("bus.c")?.contains("\"max_vfs\"");
+    if !is_settable {
+        let header = read("netdevsim.h")?.replace(STOCK, "#define NSIM_BUS_DEV_MAX_VFS 256\n");
+        fs::write(at("netdevsim.h"), header).context("raising netdevsim's limit of VFs")?;
+    }
+    Ok(())
 }
 
 /// Lets the programs that build modules run with the C library of the release that they were built for, where this
