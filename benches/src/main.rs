@@ -2,7 +2,7 @@
 //!
 //! Run it as `cargo xtask bench`, which builds and fetches what it needs. [`kernel`] compares the kernel engine with a Linux
 //! bridge, [`user`] the userspace engine with Open vSwitch's and with DPDK's testpmd. Rounds are interleaved, so that what disturbs
-//! the machine disturbs every set-up; ratios are medians over pairs of measurements of the same round.
+//! the machine disturbs every set-up; ratios are medians over pairs of measurements of the same round, or as [`user`] has them.
 
 #![deny(unsafe_code)]
 // The result is what this program is for.

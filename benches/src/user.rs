@@ -1,7 +1,8 @@
 //! The userspace engine beside its peers: Open vSwitch with DPDK, and DPDK's testpmd, which has no policy at all.
 //!
 //! Each switch has one polling thread, on the last CPU; what generates frames has the first. Two switches that poll cannot stand side
-//! by side on few CPUs, so each round starts every one of them anew, and ratios are between measurements of the same round.
+//! by side on few CPUs, so each round starts every one of them anew; ratios are between medians of samples that were taken between
+//! cores [near](distance) each other.
 //!
 //! **vhost-user**: one guest with two virtio-net cards ([`testpmd::Guest`]) sends minimal frames from each to the other and counts
 //! what arrives. **AF_XDP**: two veth guests as for the kernel engine; the switch takes frames from the host's ends by AF_XDP.
@@ -31,6 +32,7 @@ use tempfile::TempDir;
 use crate::bpf::Kind;
 use crate::measure;
 use crate::world::World;
+use distance::Sample;
 use hugepages::HugePages;
 use ovs::Ovs;
 use policy::Rules;
@@ -147,9 +149,7 @@ fn measure_one(setup: &Setup, options: &Options, row: &mut Row) -> Result<()> {
         Switch::Stacks { has_offloads } => row.add_stream(stacks(has_offloads, options.tcp_seconds)?),
         Switch::Wire | Switch::Ovs { .. } | Switch::Sluice { .. } => {
             let between = if setup.lane == Lane::Xdp { xdp_sockets } else { rings };
-            row.add_distance(distance::between(GENERATOR_CPU, switch_cpu()?)?);
             row.add(between(setup, options)?);
-            row.add_distance(distance::between(GENERATOR_CPU, switch_cpu()?)?);
         }
     }
     Ok(())
@@ -164,7 +164,7 @@ fn stacks(has_offloads: bool, seconds: u32) -> Result<f64> {
 }
 
 /// Rates with one flow, and with many, between guests' rings.
-fn rings(setup: &Setup, options: &Options) -> Result<[f64; 2]> {
+fn rings(setup: &Setup, options: &Options) -> Result<[Sample; 2]> {
     let netns = Netns::create(&format!("sl-{}-{}", std::process::id(), setup.name))?;
     let folder = folder()?;
     let path = folder.path();
@@ -180,16 +180,18 @@ fn rings(setup: &Setup, options: &Options) -> Result<[f64; 2]> {
         }
         Switch::Stacks { .. } => bail!("{} is measured by streams", setup.name),
     };
-    let measure = |flows| -> Result<f64> {
-        let mut guest = Guest::start(&netns, path, flows)?;
-        guest.rate(path, options.seconds.ceil() as usize)
+    let measure = |flows| -> Result<Sample> {
+        distance::sample([GENERATOR_CPU, switch_cpu()?], || {
+            let mut guest = Guest::start(&netns, path, flows)?;
+            guest.rate(path, options.seconds.ceil() as usize)
+        })
     };
-    let rates = || -> Result<[f64; 2]> { Ok([measure(1)?, measure(options.flows)?]) };
+    let rates = || -> Result<[Sample; 2]> { Ok([measure(1)?, measure(options.flows)?]) };
     rates().with_context(|| running.describe())
 }
 
 /// Rates with one flow, and with many, between AF_XDP sockets.
-fn xdp_sockets(setup: &Setup, options: &Options) -> Result<[f64; 2]> {
+fn xdp_sockets(setup: &Setup, options: &Options) -> Result<[Sample; 2]> {
     let world = World::new(setup.name, Kind::Xdp)?;
     let folder = folder()?;
     let path = folder.path();
@@ -206,10 +208,12 @@ fn xdp_sockets(setup: &Setup, options: &Options) -> Result<[f64; 2]> {
         }
         Switch::Stacks { .. } => bail!("{} is measured by streams", setup.name),
     };
-    let measure = |flows| -> Result<f64> {
-        Ok(measure::rate(&world, Kind::Xdp, flows, options.seconds, GENERATOR_CPU)?.mpps)
+    let measure = |flows| -> Result<Sample> {
+        distance::sample([GENERATOR_CPU, switch_cpu()?], || {
+            Ok(measure::rate(&world, Kind::Xdp, flows, options.seconds, GENERATOR_CPU)?.mpps)
+        })
     };
-    let rates = || -> Result<[f64; 2]> { Ok([measure(1)?, measure(options.flows)?]) };
+    let rates = || -> Result<[Sample; 2]> { Ok([measure(1)?, measure(options.flows)?]) };
     rates().with_context(|| running.describe())
 }
 

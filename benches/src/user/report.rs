@@ -6,6 +6,7 @@ use std::fmt;
 use anyhow::Result;
 use serde::Serialize;
 
+use super::distance::{self, Sample};
 use super::{
     OVS, OVS_RULES, SLUICE, SLUICE_RULES, Setup, TCP_OFFLOADS, TCP_PLAIN, XDP_OVS, XDP_SLUICE, XDP_WIRE,
 };
@@ -25,29 +26,30 @@ pub(crate) enum Lane {
 /// Samples of one set-up, one per round: millions of frames per second, and Gbit/s.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Row {
-    one_flow: Vec<f64>,
-    many_flows: Vec<f64>,
+    one_flow: Vec<Sample>,
+    many_flows: Vec<Sample>,
     tcp: Vec<f64>,
-    /// Nanoseconds from the generator's core to the switch's, before and after each measurement.
-    distances: Vec<f64>,
+}
+
+/// Rates between cores that were near each other; all of them, if there are none.
+fn rates(samples: &[Sample]) -> Vec<f64> {
+    let near = samples.iter().filter(|sample| distance::is_near(sample.distance));
+    let near: Vec<f64> = near.map(|sample| sample.mpps).collect();
+    if near.is_empty() { samples.iter().map(|sample| sample.mpps).collect() } else { near }
 }
 
 impl Row {
-    /// How far the two cores are from each other now.
-    pub(crate) fn add_distance(&mut self, nanoseconds: f64) {
-        self.distances.push(nanoseconds);
-    }
-
-    /// The nearest and the farthest, in words.
+    /// How far the two cores were from each other: the nearest and the farthest, in nanoseconds.
     fn distances(&self) -> String {
-        let ends = self.distances.iter().fold(None, |ends: Option<(f64, f64)>, &at| {
+        let samples = self.one_flow.iter().chain(&self.many_flows).map(|sample| sample.distance);
+        let ends = samples.fold(None, |ends: Option<(f64, f64)>, at| {
             Some(ends.map_or((at, at), |(low, high)| (low.min(at), high.max(at))))
         });
         ends.map_or("-".to_owned(), |(low, high)| format!("{low:.0}-{high:.0}"))
     }
 
     /// One flow, and many.
-    pub(crate) fn add(&mut self, [one, many]: [f64; 2]) {
+    pub(crate) fn add(&mut self, [one, many]: [Sample; 2]) {
         self.one_flow.push(one);
         self.many_flows.push(many);
     }
@@ -88,10 +90,10 @@ impl Report {
     /// To be called after the last sample.
     pub(crate) fn finish(&mut self) -> Result<()> {
         self.machine.finish()?;
-        let one = |row: &Row| row.one_flow.clone();
+        let one = |row: &Row| rates(&row.one_flow);
         // The promise is about a thousand.
         let counts = self.flows == 1000;
-        let many = |row: &Row| if counts { row.many_flows.clone() } else { Vec::new() };
+        let many = |row: &Row| if counts { rates(&row.many_flows) } else { Vec::new() };
         let goals = [
             ("vhost-user: 64 B rate, times OVS-DPDK's", 1.1, self.ratio(SLUICE, OVS, one)),
             (
@@ -111,11 +113,11 @@ impl Report {
         Ok(())
     }
 
-    /// Median over rounds of the ratio between two set-ups, where both were measured.
+    /// The ratio between the medians of two set-ups, where both were measured. (Of pairs of the same round, many would compare two
+    /// places to which the host has moved a CPU.)
     fn ratio(&self, above: &str, below: &str, samples: impl Fn(&Row) -> Vec<f64>) -> Option<f64> {
         let (above, below) = (samples(self.setups.get(above)?), samples(self.setups.get(below)?));
-        let ratios: Vec<f64> = above.iter().zip(&below).map(|(above, below)| above / below).collect();
-        middle(&ratios)
+        Some(middle(&above)? / middle(&below)?)
     }
 
     /// Whether every goal that was measured is met.
@@ -150,10 +152,10 @@ impl fmt::Display for Report {
                 f,
                 "{:<16}|{:>8} {:>8} |{:>8} {:>8} |{:>8} |{:>10}",
                 setup.name,
-                cell(middle(&row.one_flow), 2),
-                ratio(|row| row.one_flow.clone()),
-                cell(middle(&row.many_flows), 2),
-                ratio(|row| row.many_flows.clone()),
+                cell(middle(&rates(&row.one_flow)), 2),
+                ratio(|row| rates(&row.one_flow)),
+                cell(middle(&rates(&row.many_flows)), 2),
+                ratio(|row| rates(&row.many_flows)),
                 cell(middle(&row.tcp), 2),
                 row.distances(),
             )?;

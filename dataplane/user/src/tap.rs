@@ -224,7 +224,8 @@ impl Transmit for ToTap {
         let mut sent = 0;
         for frame in batch.frames() {
             let Ok(header) = header_for(frame.bytes(), frame.offload(), ACCEPTS) else { continue };
-            match writev(&self.device.file, &[IoSlice::new(&header), IoSlice::new(frame.bytes())]) {
+            match writev(&self.device.file, &[IoSlice::new(&header.to_bytes()), IoSlice::new(frame.bytes())])
+            {
                 Ok(_) => sent += 1,
                 Err(error) => self.device.note(error),
             }

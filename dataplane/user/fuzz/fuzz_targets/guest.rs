@@ -106,6 +106,7 @@ impl Guest {
         batch.push(self.pool.copy(&[2; 100]).expect("there are chunks"));
         self.ends.1.transmit(&mut self.pool, &mut batch);
         self.ends.1.flush();
+        batch.give(&mut self.pool);
         assert_eq!(self.pool.region().outstanding(), 0);
         for index in 0..2 {
             let state = self.port.status().queues[index].state;

@@ -85,6 +85,7 @@ impl Served {
             to.transmit(&mut self.pool, &mut batch);
             to.flush();
         }
+        batch.give(&mut self.pool);
         assert_eq!(self.pool.region().outstanding(), 0);
     }
 }

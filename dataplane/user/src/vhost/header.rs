@@ -54,20 +54,43 @@ const VLAN_TAGS: [u16; 2] = [0x8100, 0x88a8];
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
-/// A header as it lies in memory, but for the count of buffers, of which drivers say nothing: in words, since bytes are taken apart
-/// one by one.
-#[derive(Debug, Clone, Copy)]
+/// A header as it lies in memory, in words: put together or taken apart byte by byte, it would have to be waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RawHeader {
-    /// Flags, kind of segments, length of headers, size of segments, where the checksum begins.
+    /// Flags, kind of segments, length of headers (two bytes), size of segments (two), where the checksum begins (two).
     words: u64,
-    /// Where it goes.
-    csum_offset: u16,
+    /// Where the checksum goes (two), and the count of buffers (two).
+    rest: u32,
 }
 
 impl RawHeader {
+    /// Of a frame in one buffer, of which nothing is to be said.
+    const PLAIN: RawHeader = RawHeader { words: 0, rest: 1 << 16 };
+
+    /// One that was read. Of the count of buffers drivers say nothing.
     #[inline(always)]
     pub(crate) fn new(first: [u8; 8], csum_offset: [u8; 2]) -> Self {
-        Self { words: u64::from_le_bytes(first), csum_offset: u16::from_le_bytes(csum_offset) }
+        Self { words: u64::from_le_bytes(first), rest: u16::from_le_bytes(csum_offset).into() }
+    }
+
+    /// The same, of a frame in so many buffers.
+    pub(super) fn in_buffers(self, count: usize) -> Self {
+        Self { rest: self.rest & 0xffff | (count as u32) << 16, ..self }
+    }
+
+    /// The first eight bytes, and the other four, of which [short](HeaderKind::Short) headers have two.
+    #[inline(always)]
+    pub(super) fn parts(self) -> ([u8; 8], [u8; 4]) {
+        (self.words.to_le_bytes(), self.rest.to_le_bytes())
+    }
+
+    /// All bytes.
+    pub(crate) fn to_bytes(self) -> [u8; MAX_HEADER] {
+        let mut bytes = [0; MAX_HEADER];
+        let (first, rest) = self.parts();
+        bytes[..8].copy_from_slice(&first);
+        bytes[8..].copy_from_slice(&rest);
+        bytes
     }
 
     /// Whether nothing is to be done. DATA_VALID is not for drivers to set: what they claim of their own checksums is not believed.
@@ -89,13 +112,13 @@ pub(crate) struct Header {
 }
 
 impl From<RawHeader> for Header {
-    fn from(RawHeader { words, csum_offset }: RawHeader) -> Self {
+    fn from(RawHeader { words, rest }: RawHeader) -> Self {
         Self {
             flags: words as u8,
             gso_type: (words >> 8) as u8,
             gso_size: (words >> 32) as u16,
             csum_start: (words >> 48) as u16,
-            csum_offset,
+            csum_offset: rest as u16,
         }
     }
 }
@@ -200,43 +223,31 @@ fn transport_of(kind: GsoKind) -> u8 {
 
 /// The header of a frame for the guest, which takes `accepts`; the count of buffers is left at one.
 #[inline]
-pub(crate) fn header_for(
-    frame: &[u8],
-    offload: Offload,
-    accepts: Accepts,
-) -> Result<[u8; MAX_HEADER], FrameFault> {
-    // Of nearly all frames, and not put together byte by byte, since it is read in words at once.
-    const PLAIN: [u8; MAX_HEADER] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+pub(crate) fn header_for(frame: &[u8], offload: Offload, accepts: Accepts) -> Result<RawHeader, FrameFault> {
     if offload.checksum == Checksum::Unverified && offload.gso.is_none() {
-        return Ok(PLAIN);
+        return Ok(RawHeader::PLAIN);
     }
-    let mut bytes = PLAIN;
+    let mut header = RawHeader::PLAIN;
     match offload.checksum {
         Checksum::Unverified => {}
-        Checksum::Valid if accepts.checksum => bytes[0] = DATA_VALID,
+        Checksum::Valid if accepts.checksum => header.words = DATA_VALID.into(),
         Checksum::Valid => {}
         Checksum::Partial { start, offset } => {
             if !accepts.checksum {
                 return Err(FrameFault::NotAccepted);
             }
-            bytes[0] = NEEDS_CSUM;
-            bytes[6..8].copy_from_slice(&start.to_le_bytes());
-            bytes[8..10].copy_from_slice(&offset.to_le_bytes());
+            header.words = u64::from(start) << 48 | u64::from(NEEDS_CSUM);
+            header.rest |= u32::from(offset);
         }
     }
     if let Some(gso) = offload.gso {
-        super_frame(&mut bytes, frame, offload, gso, accepts)?;
+        header.words |= super_frame(frame, offload, gso, accepts)?;
     }
-    Ok(bytes)
+    Ok(header)
 }
 
-fn super_frame(
-    bytes: &mut [u8; MAX_HEADER],
-    frame: &[u8],
-    offload: Offload,
-    gso: Gso,
-    accepts: Accepts,
-) -> Result<(), FrameFault> {
+/// Kind and size of segments and length of headers, in their places.
+fn super_frame(frame: &[u8], offload: Offload, gso: Gso, accepts: Accepts) -> Result<u64, FrameFault> {
     let (kind, may) = match gso.kind {
         GsoKind::TcpV4 => (GSO_TCPV4, accepts.tcp_v4),
         GsoKind::TcpV6 => (GSO_TCPV6, accepts.tcp_v6),
@@ -248,10 +259,8 @@ fn super_frame(
     }
     let headers = headers_len(frame, gso.kind, usize::from(start), usize::from(offset));
     let headers = headers.ok_or(FrameFault::Mismatch)?;
-    bytes[1] = kind | if gso.ecn { GSO_ECN } else { 0 };
-    bytes[2..4].copy_from_slice(&(headers as u16).to_le_bytes());
-    bytes[4..6].copy_from_slice(&gso.size.get().to_le_bytes());
-    Ok(())
+    let kind = kind | if gso.ecn { GSO_ECN } else { 0 };
+    Ok(u64::from(kind) << 8 | (headers as u64 & 0xffff) << 16 | u64::from(gso.size.get()) << 32)
 }
 
 #[cfg(test)]
@@ -281,7 +290,7 @@ mod tests {
         let frame = tcp_v4(9000);
         let offload = good().offload(&frame, Accepts::ALL).unwrap();
         assert_eq!(offload.gso.unwrap().size.get(), 1448);
-        let bytes = header_for(&frame, offload, Accepts::ALL).unwrap();
+        let bytes = header_for(&frame, offload, Accepts::ALL).unwrap().to_bytes();
         assert_eq!(Header::parse(&bytes), good());
         assert_eq!(bytes[2], 54, "length of all headers");
         assert_eq!(bytes[10], 1, "one buffer");
@@ -347,8 +356,8 @@ mod tests {
         let checksum = Accepts { checksum: true, ..Accepts::default() };
         assert_eq!(header_for(&frame, offload, checksum), Err(FrameFault::NotAccepted));
         let valid = Offload { checksum: Checksum::Valid, gso: None };
-        assert_eq!(header_for(&frame, valid, checksum).unwrap()[0], DATA_VALID);
-        assert_eq!(header_for(&frame, valid, Accepts::default()).unwrap()[0], 0);
+        assert_eq!(header_for(&frame, valid, checksum).unwrap().to_bytes()[0], DATA_VALID);
+        assert_eq!(header_for(&frame, valid, Accepts::default()).unwrap().to_bytes()[0], 0);
     }
 
     #[test]

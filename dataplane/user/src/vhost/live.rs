@@ -382,14 +382,14 @@ impl<Q: Virtqueue> Live<Q> {
         if *work > BATCH_WORK {
             return Err(Refusal::NoBuffers);
         }
-        let mut header = header_for(frame.bytes(), frame.offload(), self.accepts).map_err(Refusal::Frame)?;
+        let header = header_for(frame.bytes(), frame.offload(), self.accepts).map_err(Refusal::Frame)?;
         let Some((chain, first)) = self.next()? else { return Err(Refusal::NoBuffers) };
         let wanted = self.header.len() + frame.len();
         if first.flags == WRITE && first.len as usize >= wanted {
             *work += 1;
             let outside = QueueError::Outside { address: first.address, len: first.len };
             self.memory
-                .write_frame(first.address, self.header, &header, frame.bytes())
+                .write_frame(first.address, self.header, header, frame.bytes())
                 .map_err(|_| outside)?;
             if let Some(log) = &self.log {
                 log.mark(first.address, wanted as u64);
@@ -401,7 +401,7 @@ impl<Q: Virtqueue> Live<Q> {
             self.forget();
             return Err(refusal);
         }
-        header[10..12].copy_from_slice(&(self.chains.len() as u16).to_le_bytes());
+        let header = header.in_buffers(self.chains.len()).to_bytes();
         self.scatter([&header[..self.header.len()], frame.bytes()])?;
         // One of them has been taken.
         let heads = self.chains.iter().try_fold(0, |sum, (chain, _)| Some(sum + Q::heads_of(*chain)?));

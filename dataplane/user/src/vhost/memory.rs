@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64};
 use rustix::fs::{FileType, fstat, fstatfs};
 
 use super::error::MemoryError;
-use super::header::{HeaderKind, MAX_HEADER, RawHeader};
+use super::header::{HeaderKind, RawHeader};
 use super::sigbus::Registration;
 pub(super) use crate::hint::{Access, CACHE_LINE, prefetch};
 
@@ -373,19 +373,20 @@ impl GuestMemory {
         &self,
         guest: u64,
         kind: HeaderKind,
-        header: &[u8; MAX_HEADER],
+        header: RawHeader,
         bytes: &[u8],
     ) -> Result<(), OutsideMemory> {
         let Some(to) = self.locate(guest, kind.len() + bytes.len()) else {
-            self.write(guest, &header[..kind.len()])?;
+            self.write(guest, &header.to_bytes()[..kind.len()])?;
             return self.write(guest.checked_add(kind.len() as u64).ok_or(OutsideMemory)?, bytes);
         };
-        let short = header.first_chunk::<10>();
+        let (first, rest) = header.parts();
         // SAFETY: `locate` checked both pieces of the destination; the source is this program's own.
         unsafe {
-            match (kind, short) {
-                (HeaderKind::Short, Some(short)) => to.cast().write(*short),
-                _ => to.cast().write(*header),
+            to.cast().write(first);
+            match kind {
+                HeaderKind::Short => to.add(8).cast().write([rest[0], rest[1]]),
+                HeaderKind::Long => to.add(8).cast().write(rest),
             }
             copy(bytes.as_ptr(), to.add(kind.len()).as_ptr(), bytes.len());
         }
