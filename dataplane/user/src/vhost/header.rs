@@ -67,6 +67,9 @@ impl RawHeader {
     /// Of a frame in one buffer, of which nothing is to be said.
     const PLAIN: RawHeader = RawHeader { words: 0, rest: 1 << 16 };
 
+    /// Of a frame of which nothing is asked.
+    pub(super) const NOTHING: RawHeader = RawHeader { words: 0, rest: 0 };
+
     /// One that was read. Of the count of buffers drivers say nothing.
     #[inline(always)]
     pub(crate) fn new(first: [u8; 8], csum_offset: [u8; 2]) -> Self {

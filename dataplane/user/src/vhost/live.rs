@@ -51,6 +51,9 @@ pub(super) struct Live<Q: Virtqueue> {
     rules: Rules,
     header: HeaderKind,
     mergeable: bool,
+    /// Bytes of a guest's headers that are not looked at: of one that was granted no offloads, they can ask for nothing, and may lie in
+    /// a cache line of their own.
+    unread: usize,
     accepts: Accepts,
     longest_frame: usize,
     log: Option<Arc<DirtyLog>>,
@@ -98,6 +101,10 @@ impl<Q: Virtqueue> Live<Q> {
             rules: Rules { direction: terms.direction, indirect: features.has(bit::INDIRECT_DESC) },
             header: features.header_kind(),
             mergeable: features.has(bit::MRG_RXBUF),
+            unread: match terms.direction {
+                Direction::FromGuest if accepts == Accepts::default() => features.header_len(),
+                _ => 0,
+            },
             accepts,
             longest_frame: terms.longest_frame,
             log: terms.log,
@@ -204,7 +211,8 @@ impl<Q: Virtqueue> Live<Q> {
         if known < chains {
             self.ring.peek(chains, &mut self.heads);
             for (_, first) in &self.heads[known..] {
-                self.memory.prefetch(first.address, access);
+                let address = first.address.wrapping_add(self.unread as u64);
+                self.memory.prefetch(address, (first.len as usize).saturating_sub(self.unread), access);
             }
         }
     }
@@ -259,11 +267,16 @@ impl<Q: Virtqueue> Live<Q> {
             self.forget();
             return Ok(Taken::Nothing);
         };
-        let read = if is_plain {
-            let outside = QueueError::Outside { address: first.address, len: first.len };
-            self.memory.read_frame(first.address, self.header, frame.bytes_mut()).map_err(|_| outside)
-        } else {
+        let read = if !is_plain {
             self.gather(frame.bytes_mut())
+        } else {
+            let read = if self.unread > 0 {
+                let read = self.memory.read_behind(first.address, self.unread, frame.bytes_mut());
+                read.map(|()| RawHeader::NOTHING)
+            } else {
+                self.memory.read_frame(first.address, self.header, frame.bytes_mut())
+            };
+            read.map_err(|_| QueueError::Outside { address: first.address, len: first.len })
         };
         let believed = match read {
             Ok(header) => self.believe(header, frame, len),
@@ -314,7 +327,8 @@ impl<Q: Virtqueue> Live<Q> {
         let mut header = [0; MAX_HEADER];
         gather(&self.memory, &self.segments, [&mut header[..self.header.len()], frame])?;
         let [a, b, c, d, e, f, g, h, i, j, ..] = header;
-        Ok(RawHeader::new([a, b, c, d, e, f, g, h], [i, j]))
+        let read = RawHeader::new([a, b, c, d, e, f, g, h], [i, j]);
+        Ok(if self.unread > 0 { RawHeader::NOTHING } else { read })
     }
 
     /// Gives a chain back whose frame goes nowhere.

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64};
 use rustix::fs::{FileType, fstat, fstatfs};
 
 use super::error::MemoryError;
-use super::header::{HeaderKind, RawHeader};
+use super::header::{HeaderKind, MAX_HEADER, RawHeader};
 use super::sigbus::Registration;
 pub(super) use crate::hint::{Access, CACHE_LINE, prefetch};
 
@@ -393,13 +393,37 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Asks for a header and what a short frame has behind it to be brought near: the first two cache lines from a guest
-    /// address. One in no region is ignored.
-    #[inline]
-    pub(super) fn prefetch(&self, guest: u64, access: Access) {
+    /// Copies what is behind a header of so many bytes at an address out of the guest.
+    ///
+    /// # Errors
+    ///
+    /// As for [`read`](Self::read), of the bytes before it, too.
+    #[inline(always)]
+    pub(super) fn read_behind(
+        &self,
+        guest: u64,
+        skipped: usize,
+        out: &mut [u8],
+    ) -> Result<(), OutsideMemory> {
+        let Some(from) = self.locate(guest, skipped + out.len()) else {
+            self.read(guest, &mut [0; MAX_HEADER][..skipped])?;
+            return self.read(guest.checked_add(skipped as u64).ok_or(OutsideMemory)?, out);
+        };
+        // SAFETY: `locate` checked the source; the destination is this program's own and so elsewhere.
+        unsafe { copy(from.add(skipped).as_ptr(), out.as_mut_ptr(), out.len()) };
+        Ok(())
+    }
+
+    /// Asks for the first of so many bytes at a guest address to be brought near: as much as a short frame has, with or without a
+    /// header before it, in as few cache lines as hold it. What is in no region is ignored.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, guest: u64, len: usize, access: Access) {
         if let Some(at) = self.locate(guest, 1) {
             prefetch(at.as_ptr(), access);
-            prefetch(at.as_ptr().wrapping_add(CACHE_LINE), access);
+            let in_first = CACHE_LINE - at.as_ptr() as usize % CACHE_LINE;
+            if len > in_first {
+                prefetch(at.as_ptr().wrapping_add(CACHE_LINE), access);
+            }
         }
     }
 

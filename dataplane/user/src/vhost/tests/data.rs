@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::setup::{BOTH, BUFFERS, FEATURES, FROM_GUEST, RAM, Rig, TO_GUEST, all_features, frame};
-use crate::frame::{Checksum, Gso, GsoKind, Offload};
+use crate::frame::{Checksum, Frame, Gso, GsoKind, Offload};
 use crate::vhost::driver::{DriverRing, GUEST_BASE, GuestRam, WRITE};
 use crate::vhost::error::FrameFault;
 use crate::vhost::features::bit;
@@ -192,6 +192,25 @@ fn a_guest_without_buffers_costs_frames_and_nothing_else() {
         assert_eq!(rig.deliver(&[&frame(60, 0), &frame(60, 1), &frame(60, 2)]), Some(1));
         assert_eq!(rig.counted().faults(FrameFault::NoBuffers), 3);
         assert_eq!(rig.queue.sign().state(), QueueState::Running);
+    }
+}
+
+#[test]
+fn headers_of_guests_without_offloads_ask_for_nothing() {
+    for features in BOTH {
+        for apart in [false, true] {
+            let mut rig = Rig::new(FROM_GUEST, 64, features);
+            let sent = frame(60, 3);
+            // Checksums and segments, in a header that would be refused of a guest with offloads.
+            rig.ram.write(BUFFERS, &[1, 1, 54, 0, 100, 0, 34, 0, 16, 0, 0, 0]);
+            rig.ram.write(BUFFERS + 12, &sent);
+            let (one, two) = ([(BUFFERS, 72, 0)], [(BUFFERS, 12, 0), (BUFFERS + 12, 60, 0)]);
+            rig.ring.post(&rig.ram, if apart { &two } else { &one });
+            rig.ring.show(&rig.ram);
+            let got = rig.receive();
+            assert_eq!(got.iter().map(Frame::bytes).collect::<Vec<_>>(), [&sent[..]]);
+            assert!(got[0].offload().is_complete());
+        }
     }
 }
 

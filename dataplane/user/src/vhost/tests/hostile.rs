@@ -271,8 +271,8 @@ fn headers_that_lie() {
     assert_serves(&mut rig);
     assert_eq!(rig.pool.region().outstanding(), 0, "no frame is lost");
     // What was not negotiated is not done.
-    let mut rig = Rig::new(FROM_GUEST, 8, FEATURES);
-    rig.send(BUFFERS, [1, 0, 0, 0, 0, 0, 34, 0, 16, 0, 0, 0], &bytes);
+    let mut rig = Rig::new(FROM_GUEST, 8, FEATURES | bit::CSUM);
+    rig.send(BUFFERS, [1, 1, 54, 0, 100, 0, 34, 0, 16, 0, 0, 0], &bytes);
     assert!(rig.receive().is_empty());
     assert_eq!(rig.counted().faults(NotNegotiated), 1);
 }
