@@ -160,7 +160,7 @@ pub trait Receive: Send + fmt::Debug {
     /// [checked](Frame::set_offload). Without chunks in the pool, frames stay where they are.
     fn receive(&mut self, pool: &mut Pool, batch: &mut Batch);
 
-    /// After some batches, and before the worker sleeps: notifies the other end that they were taken, if it wants to know.
+    /// After some batches with frames, and before the worker sleeps: notifies the other end that they were taken, if it wants to know.
     fn notify(&mut self) {}
 
     /// What becomes readable when something arrives, once [armed](Self::arm); `None` if it must be polled. It does not

@@ -313,11 +313,16 @@ impl Queue {
 
     // What a worker does.
 
-    /// Takes frames from the guest, which is [notified](Self::notify) later that they were.
+    /// Takes frames from the guest, which is to be [notified](Self::notify) if there were any.
     #[inline]
     pub(super) fn receive(&mut self, pool: &mut Pool, batch: &mut Batch, counters: &Counters) {
         let Some(live) = &mut self.live else { return };
+        let before = batch.len();
         let result = live.receive(pool, batch, counters);
+        if batch.len() == before {
+            // There may have been chains with nothing good in them, of which nobody else knows.
+            live.notify(self.call.as_ref(), counters);
+        }
         if let Err(fault) = result {
             self.break_off(fault, counters);
         }

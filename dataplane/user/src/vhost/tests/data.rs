@@ -314,6 +314,9 @@ fn who_sends_is_notified_when_that_is_asked_for() {
         assert_eq!(rig.calls(), 1, "one for both");
         rig.queue.notify(&rig.counters);
         assert_eq!(rig.calls(), 0, "and no more");
+        rig.send(BUFFERS, [0; 12], &[0; 3]);
+        assert_eq!(rig.receive().len(), 0);
+        assert_eq!(rig.calls(), 1, "nobody but the queue knows of a frame that is none");
     }
 }
 
