@@ -88,11 +88,11 @@ impl<'a> Device<'a> {
             }
             Request::SET_VRING_NUM => {
                 let (slot, size) = self.slot_and_value(payload)?;
-                slot.queue.lock().set_size(size, &slot.counters)?;
+                slot.change(|queue, counters| queue.set_size(size, counters))?;
             }
             Request::SET_VRING_BASE => {
                 let (slot, base) = self.slot_and_value(payload)?;
-                slot.queue.lock().set_base(base, &slot.counters)?;
+                slot.change(|queue, counters| queue.set_base(base, counters))?;
             }
             Request::SET_VRING_ENABLE => {
                 let (slot, enable) = self.slot_and_value(payload)?;
@@ -101,20 +101,22 @@ impl<'a> Device<'a> {
                     1 => true,
                     _ => return Err(value("enabling of a ring", enable.into())),
                 };
-                slot.queue.lock().set_enabled(enable, &slot.counters)?;
+                slot.change(|queue, counters| queue.set_enabled(enable, counters))?;
             }
             Request::SET_VRING_ADDR => self.set_addresses(payload)?,
             Request::SET_VRING_KICK => {
                 let (slot, event) = self.slot_and_event(payload, descriptors)?;
-                slot.queue.lock().set_kick(event.map_or(Kick::Polled, Kick::Event), &slot.counters)?;
+                slot.change(|queue, counters| {
+                    queue.set_kick(event.map_or(Kick::Polled, Kick::Event), counters)
+                })?;
             }
             Request::SET_VRING_CALL => {
                 let (slot, event) = self.slot_and_event(payload, descriptors)?;
-                slot.queue.lock().set_call(event);
+                slot.change(|queue, _| queue.set_call(event));
             }
             Request::SET_VRING_ERR => {
                 let (slot, event) = self.slot_and_event(payload, descriptors)?;
-                slot.queue.lock().set_error(event, &slot.counters);
+                slot.change(|queue, _| queue.set_error(event));
             }
             // What it would be told, it reads from the log.
             Request::SET_LOG_FD => drop(one(descriptors)?),
@@ -165,7 +167,7 @@ impl<'a> Device<'a> {
         let mut result = Ok(());
         for slot in &self.shared.slots {
             let old = self.common.clone();
-            let one = slot.queue.lock().set_common(old, &slot.counters);
+            let one = slot.change(|queue, counters| queue.set_common(old, counters));
             result = result.and(one);
         }
         result
@@ -182,7 +184,7 @@ impl<'a> Device<'a> {
         if !self.common.features.has(bit::PROTOCOL_FEATURES) {
             // Such a front-end has no request to enable a ring.
             for slot in &self.shared.slots {
-                slot.queue.lock().set_enabled(true, &slot.counters)?;
+                slot.change(|queue, counters| queue.set_enabled(true, counters))?;
             }
         }
         self.shared.set_features(self.common.features);
@@ -201,16 +203,17 @@ impl<'a> Device<'a> {
 
     fn disable_all(&mut self) -> Result<(), RequestError> {
         for slot in &self.shared.slots {
-            let mut queue = slot.queue.lock();
-            queue.stop(&slot.counters);
-            queue.set_enabled(false, &slot.counters)?;
+            slot.change(|queue, counters| {
+                queue.stop(counters);
+                queue.set_enabled(false, counters)
+            })?;
         }
         Ok(())
     }
 
     fn reset_device(&mut self) -> Result<(), RequestError> {
         for slot in &self.shared.slots {
-            slot.queue.lock().reset(&slot.counters);
+            slot.change(|queue, counters| queue.reset(counters));
         }
         self.shared.set_features(Features::default());
         // Memory is the front-end's, not the device's.
@@ -251,13 +254,13 @@ impl<'a> Device<'a> {
             used: address.used,
             log: (address.flags & LOG_RING != 0).then_some(address.log),
         };
-        slot.queue.lock().set_addresses(addresses, &slot.counters)
+        slot.change(|queue, counters| queue.set_addresses(addresses, counters))
     }
 
     fn vring_base(&mut self, payload: Payload<'_>) -> Result<Answer, RequestError> {
         let (index, _) = payload.state()?;
         let slot = self.slot(index)?;
-        let base = slot.queue.lock().stop(&slot.counters);
+        let base = slot.change(|queue, counters| queue.stop(counters));
         let mut payload = index.to_ne_bytes().to_vec();
         payload.extend_from_slice(&base.to_ne_bytes());
         Ok(Answer { payload, descriptor: None })
@@ -296,7 +299,7 @@ impl Drop for Device<'_> {
     fn drop(&mut self) {
         self.shared.set_features(Features::default());
         for slot in &self.shared.slots {
-            slot.queue.lock().reset(&slot.counters);
+            slot.change(|queue, counters| queue.reset(counters));
         }
     }
 }

@@ -144,8 +144,7 @@ impl Queue {
         &self.event
     }
 
-    // What the session does. A worker that finds the queue locked leaves the driver without notice of what it was shown before:
-    // so each of these gives it.
+    // What the session does.
 
     /// Stops the service, to be gone on with later; the driver is told of all that was done.
     fn pause(&mut self, counters: &Counters) {
@@ -266,9 +265,8 @@ impl Queue {
         }
     }
 
-    pub(super) fn set_error(&mut self, error: Option<EventFd>, counters: &Counters) {
+    pub(super) fn set_error(&mut self, error: Option<EventFd>) {
         self.error = error;
-        self.notify(counters);
     }
 
     pub(super) fn set_enabled(&mut self, is_enabled: bool, counters: &Counters) -> Result<(), RequestError> {

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use parking_lot::MutexGuard;
 
+use super::counters::Counters;
 use super::error::FrameFault;
 use super::port::{Shared, Slot};
 use super::queue::Queue;
@@ -32,8 +33,17 @@ impl Slot {
         queue
     }
 
-    /// Notifies the driver of what it was shown. If somebody has the queue, that is their business: the session notifies whenever it
-    /// changes something, and a worker of what is behind.
+    /// What the session does with a queue. The driver is notified at the end: a worker that was about to do so, and found the queue
+    /// locked, does not come back for it.
+    pub(super) fn change<R>(&self, act: impl FnOnce(&mut Queue, &Counters) -> R) -> R {
+        let mut queue = self.queue.lock();
+        let result = act(&mut queue, &self.counters);
+        queue.notify(&self.counters);
+        result
+    }
+
+    /// Notifies the driver of what it was shown. If somebody has the queue, that is their business: the session's [at the end of each
+    /// change](Self::change), and another worker's, which has put something into it and will come here too.
     #[inline]
     fn notify(&self) {
         if let Some(mut queue) = self.queue.try_lock() {
