@@ -25,10 +25,11 @@ struct Device {
     queues: u16,
     mergeable: bool,
     packed: bool,
+    in_order: bool,
 }
 
 /// The one that it makes if it is told nothing.
-const PLAIN: Device = Device { queues: 1, mergeable: true, packed: false };
+const PLAIN: Device = Device { queues: 1, mergeable: true, packed: false, in_order: true };
 
 /// What testpmd is to do.
 struct Run {
@@ -47,12 +48,13 @@ struct Testpmd {
 impl Testpmd {
     fn start(folder: &Path, run: &Run) -> Testpmd {
         let server = if run.listens == Mode::Client { ",server=1" } else { "" };
-        let Device { queues, mergeable, packed } = run.device;
+        let Device { queues, mergeable, packed, in_order } = run.device;
         let device = format!(
-            "--vdev=net_virtio_user0,path={}/socket,queues={queues},mrg_rxbuf={},packed_vq={}{server}",
+            "--vdev=net_virtio_user0,path={}/socket,queues={queues},mrg_rxbuf={},packed_vq={},in_order={}{server}",
             folder.display(),
             u8::from(mergeable),
-            u8::from(packed)
+            u8::from(packed),
+            u8::from(in_order)
         );
         let queues = [format!("--rxq={queues}"), format!("--txq={queues}")];
         let child = Command::new("dpdk-testpmd")
@@ -190,6 +192,7 @@ fn assert_runs(status: &Status, device: Device) {
     let features = Features(status.features);
     assert_eq!(features.has(bit::RING_PACKED), device.packed, "{features:x?}");
     assert_eq!(features.has(bit::MRG_RXBUF), device.mergeable, "{features:x?}");
+    assert_eq!(features.has(bit::IN_ORDER), device.in_order, "{features:x?}");
     for (index, queue) in status.queues.iter().enumerate() {
         assert_eq!(queue.state, QueueState::Running, "queue {index}");
         assert_eq!(queue.counters.stops, 0, "queue {index}");
@@ -221,13 +224,14 @@ fn receives(mode: &'static str, device: Device) {
     assert!(counted.sent - received <= 256 * queues, "{received} of {}", counted.sent);
 }
 
-/// All modes with one device.
+/// All modes with one device. With several queues it is one that takes its buffers back in any order.
 macro_rules! with {
     ($name:ident, $queues:literal, $mergeable:literal, $packed:literal) => {
         mod $name {
             use super::{Device, Mode, receives, txonly};
 
-            const DEVICE: Device = Device { queues: $queues, mergeable: $mergeable, packed: $packed };
+            const DEVICE: Device =
+                Device { queues: $queues, mergeable: $mergeable, packed: $packed, in_order: $queues == 1 };
 
             #[test]
             fn testpmd_sends() {

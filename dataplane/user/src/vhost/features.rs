@@ -51,6 +51,8 @@ pub mod bit {
     pub const VERSION_1: u64 = 1 << 32;
     /// Rings are packed.
     pub const RING_PACKED: u64 = 1 << 34;
+    /// Buffers are used in the order in which they were made available.
+    pub const IN_ORDER: u64 = 1 << 35;
     /// The driver takes super-frames of UDP over IPv4.
     pub const GUEST_USO4: u64 = 1 << 54;
     /// The driver takes super-frames of UDP over IPv6.
@@ -75,6 +77,7 @@ const BASE: u64 = bit::MTU
     | bit::EVENT_IDX
     | bit::PROTOCOL_FEATURES
     | bit::RING_PACKED
+    | bit::IN_ORDER
     | bit::VERSION_1;
 
 /// Offered with offloads.

@@ -539,7 +539,7 @@ fn requests_that_make_no_sense_are_refused_and_the_guest_lives() {
     let mut vmm = Vmm::boot(served.dial());
     assert!(vmm.front.set_vring_num(0, 100).is_err(), "not a power of two");
     vmm.set_up_ring(0, 0);
-    assert!(vmm.front.set_features(1 << 35 | bit::VERSION_1).is_err(), "use in order was not offered");
+    assert!(vmm.front.set_features(1 << 36 | bit::VERSION_1).is_err(), "platform ordering was not offered");
     let mut huge = vmm.region();
     huge.guest_phys_addr = 1 << 40;
     huge.memory_size = 1 << 30;
