@@ -110,6 +110,34 @@ fn frames_stay_with_the_guest_while_there_are_no_chunks() {
     }
 }
 
+/// One that lies in a cache line of its own is not written where it is right already.
+#[test]
+fn a_header_is_right_whatever_was_in_its_place() {
+    const RIGHT: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+    for features in [bit::VERSION_1 | bit::MRG_RXBUF, 0] {
+        let len = if features == 0 { 10 } else { 12 };
+        for offset in 0..64 {
+            let mut rig = Rig::new(TO_GUEST, 64, features);
+            let one_wrong = (0..len).map(|wrong| {
+                let mut was = RIGHT;
+                was[wrong] ^= 0x80;
+                was
+            });
+            for was in one_wrong.chain([RIGHT, [0xff; 12]]) {
+                let at = BUFFERS + offset;
+                rig.ram.write(at, &was);
+                rig.ring.post(&rig.ram, &[(at, 200, WRITE)]);
+                rig.ring.show(&rig.ram);
+                let sent = frame(60, was[0]);
+                assert_eq!(rig.deliver(&[&sent]), Some(1));
+                assert!(rig.ring.reap(&rig.ram).is_some());
+                let expected = [&RIGHT[..len], &sent].concat();
+                assert_eq!(rig.ram.read(at, len + 60), expected, "{was:x?} at {offset}");
+            }
+        }
+    }
+}
+
 #[test]
 fn frames_go_into_one_buffer_or_several() {
     for features in BOTH {
