@@ -167,6 +167,12 @@ pub trait Receive: Send + fmt::Debug {
     /// change while the queue is placed on a worker.
     fn event(&self) -> Option<BorrowedFd<'_>>;
 
+    /// Whether each frame that comes or goes wakes who waits for [`event`](Self::event), as sockets do. The worker then waits for it
+    /// only while it sleeps.
+    fn wakes_for_each(&self) -> bool {
+        false
+    }
+
     /// Whether the worker has to look for what arrives, now: nothing will become readable. It may change while the queue is
     /// placed.
     fn is_polled(&self) -> bool {

@@ -205,6 +205,11 @@ impl Receive for FromTap {
         Some(self.device.file.as_fd())
     }
 
+    /// The kernel's side would do so.
+    fn wakes_for_each(&self) -> bool {
+        true
+    }
+
     /// The file is readable while there are frames, so the worker sleeps no moment too long.
     fn arm(&mut self) -> bool {
         true

@@ -1,7 +1,7 @@
 //! A worker's thread.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
@@ -235,6 +235,13 @@ struct Served {
     is_silent: bool,
 }
 
+impl Served {
+    /// What is waited for only while the worker sleeps.
+    fn dear_event(&self) -> Option<BorrowedFd<'_>> {
+        self.receive.event().filter(|_| self.receive.wakes_for_each())
+    }
+}
+
 struct Worker {
     patience: Patience,
     processor: Processor,
@@ -350,6 +357,7 @@ impl Worker {
         }
         if armed == self.queues.len() {
             self.processor.rest();
+            must_look |= !self.watch();
             let nap = EpollTimeout::try_from(self.patience.nap).unwrap_or(EpollTimeout::ZERO);
             let timeout = if must_look { nap } else { EpollTimeout::NONE };
             self.counters.asleep_since.store(time, Ordering::Relaxed);
@@ -358,11 +366,28 @@ impl Worker {
             self.counters.asleep_since.store(0, Ordering::Relaxed);
             add(&self.counters.asleep, now().saturating_sub(time));
             add(&self.counters.wakeups, 1);
+            self.unwatch();
         }
         for served in &mut self.queues[..armed] {
             served.receive.disarm();
         }
         is_nap
+    }
+
+    /// Waits for queues, too, whose other ends would pay for it while the worker is awake; `false` if that is not possible for some.
+    fn watch(&self) -> bool {
+        let mut are_watched = true;
+        for event in self.queues.iter().filter_map(Served::dear_event) {
+            are_watched &= self.epoll.add(event, EpollEvent::new(EpollFlags::EPOLLIN, 1)).is_ok();
+        }
+        are_watched
+    }
+
+    /// Waits for them no more.
+    fn unwatch(&self) {
+        for event in self.queues.iter().filter_map(Served::dear_event) {
+            let _ = self.epoll.delete(event); // some could not be waited for
+        }
     }
 
     /// Carries commands out; `false` if one was to end.
@@ -378,7 +403,11 @@ impl Worker {
                     if let Err(error) = watched {
                         let _ = answer.send(Err((error.into(), receive))); // who asked is gone, and the queue with it
                     } else if answer.send(Ok(())).is_ok() {
-                        self.queues.push(Served { queue, receive, counters, is_silent: false });
+                        let served = Served { queue, receive, counters, is_silent: false };
+                        if let Some(event) = served.dear_event() {
+                            let _ = self.epoll.delete(event); // it was added
+                        }
+                        self.queues.push(served);
                     } else if let Some(event) = receive.event() {
                         // Who asked has given it up.
                         let _ = self.epoll.delete(event); // it was added
@@ -389,7 +418,7 @@ impl Worker {
                     let receive = place.map(|place| {
                         let served = self.queues.remove(place);
                         if let Some(event) = served.receive.event() {
-                            let _ = self.epoll.delete(event); // it was added
+                            let _ = self.epoll.delete(event); // it may not be waited for now
                         }
                         served.receive
                     });

@@ -143,6 +143,11 @@ impl Receive for XdpReceive {
         Some(self.socket.fd.as_fd())
     }
 
+    /// It has one queue of waiters: each frame that was sent would have them look whether they wait for that.
+    fn wakes_for_each(&self) -> bool {
+        true
+    }
+
     fn arm(&mut self) -> bool {
         self.received.is_empty() && !self.socket.unsent.load(Ordering::Relaxed)
     }
