@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use std::io;
 
 use netlink_packet_core::{
-    DecodeError, DefaultNla, NetlinkDeserializable, NetlinkHeader, NetlinkSerializable, Nla, NlaBuffer,
-    NlasIterator, Parseable,
+    DecodeError, DefaultNla, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NetlinkSerializable, Nla, NlaBuffer, NlasIterator, Parseable,
 };
 use netlink_sys::protocols::NETLINK_GENERIC;
 
@@ -23,7 +23,13 @@ const GENL_ID_CTRL: u16 = 16;
 const CTRL_CMD_GETFAMILY: u8 = 3;
 const CTRL_ATTR_FAMILY_ID: u16 = 1;
 const CTRL_ATTR_FAMILY_NAME: u16 = 2;
+const CTRL_ATTR_MCAST_GROUPS: u16 = 7;
+const CTRL_ATTR_MCAST_GRP_NAME: u16 = 1;
+const CTRL_ATTR_MCAST_GRP_ID: u16 = 2;
+/// The group that hears of changes.
+const MANAGEMENT: &[u8] = b"mgmt\0";
 const NETDEV_CMD_DEV_GET: u8 = 1;
+const NETDEV_CMD_DEV_CHANGE_NTF: u8 = 4;
 const NETDEV_A_DEV_IFINDEX: u16 = 1;
 const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
 
@@ -73,39 +79,78 @@ impl NetlinkDeserializable for Generic {
     }
 }
 
-impl Generic {
-    /// A little number among the attributes, of any width.
-    fn number(&self, kind: u16) -> Option<u64> {
-        let nla = self.attributes.iter().find(|nla| nla.kind() == kind)?;
-        let mut bytes = vec![0; nla.value_len()];
-        nla.emit_value(&mut bytes);
-        match *bytes.as_slice() {
-            [a, b] => Some(u64::from(u16::from_ne_bytes([a, b]))),
-            [a, b, c, d] => Some(u64::from(u32::from_ne_bytes([a, b, c, d]))),
-            [a, b, c, d, e, f, g, h] => Some(u64::from_ne_bytes([a, b, c, d, e, f, g, h])),
-            _ => None,
+/// The value of an attribute, if it is there.
+fn value(attributes: &[DefaultNla], kind: u16) -> Option<Vec<u8>> {
+    let nla = attributes.iter().find(|nla| nla.kind() == kind)?;
+    let mut bytes = vec![0; nla.value_len()];
+    nla.emit_value(&mut bytes);
+    Some(bytes)
+}
+
+/// A little number among attributes, of any width.
+fn number(attributes: &[DefaultNla], kind: u16) -> Option<u64> {
+    match *value(attributes, kind)?.as_slice() {
+        [a, b] => Some(u64::from(u16::from_ne_bytes([a, b]))),
+        [a, b, c, d] => Some(u64::from(u32::from_ne_bytes([a, b, c, d]))),
+        [a, b, c, d, e, f, g, h] => Some(u64::from_ne_bytes([a, b, c, d, e, f, g, h])),
+        _ => None,
+    }
+}
+
+/// Attributes one behind the other; what comes behind one that is broken is left out.
+fn attributes(bytes: &[u8]) -> Vec<DefaultNla> {
+    NlasIterator::new(bytes)
+        .map_while(|nla: Result<NlaBuffer<&[u8]>, DecodeError>| DefaultNla::parse(&nla.ok()?).ok())
+        .collect()
+}
+
+/// What the kernel tells of its netdev family.
+fn family(connection: &mut Connection) -> io::Result<Vec<DefaultNla>> {
+    let name = DefaultNla::new(CTRL_ATTR_FAMILY_NAME, b"netdev\0".to_vec());
+    let request = Generic { family: GENL_ID_CTRL, command: CTRL_CMD_GETFAMILY, attributes: vec![name] };
+    let answers = connection.request(request, 0)?;
+    let answer = answers.into_iter().next();
+    Ok(answer.ok_or_else(|| io::Error::other("the kernel did not tell of its netdev family"))?.attributes)
+}
+
+/// The multicast group of notices that an interface's abilities changed.
+pub(crate) fn group() -> io::Result<u32> {
+    let family = family(&mut Connection::open(NETLINK_GENERIC)?)?;
+    let groups = attributes(&value(&family, CTRL_ATTR_MCAST_GROUPS).unwrap_or_default());
+    groups
+        .iter()
+        .filter_map(|group| value(std::slice::from_ref(group), group.kind()))
+        .map(|group| attributes(&group))
+        .find(|group| value(group, CTRL_ATTR_MCAST_GRP_NAME).as_deref() == Some(MANAGEMENT))
+        .and_then(|group| number(&group, CTRL_ATTR_MCAST_GRP_ID))
+        .map(|group| group as u32)
+        .ok_or_else(|| io::Error::other("the kernel's netdev family gives no notice of changes"))
+}
+
+/// The interface that a notice is about, of its abilities; `None` for notices of another kind.
+pub(crate) fn changed(datagram: &[u8]) -> Option<u32> {
+    let notice = NetlinkMessage::<Generic>::deserialize(datagram).ok()?;
+    match notice.payload {
+        NetlinkPayload::InnerMessage(notice) if notice.command == NETDEV_CMD_DEV_CHANGE_NTF => {
+            number(&notice.attributes, NETDEV_A_DEV_IFINDEX).map(|ifindex| ifindex as u32)
         }
+        _ => None,
     }
 }
 
 /// XDP abilities of every interface in the thread's network namespace, by interface index.
 pub(crate) fn read() -> io::Result<HashMap<u32, XdpFeatures>> {
     let mut connection = Connection::open(NETLINK_GENERIC)?;
-    let name = DefaultNla::new(CTRL_ATTR_FAMILY_NAME, b"netdev\0".to_vec());
-    let family = Generic { family: GENL_ID_CTRL, command: CTRL_CMD_GETFAMILY, attributes: vec![name] };
-    let family = connection
-        .request(family, 0)?
-        .iter()
-        .find_map(|answer| answer.number(CTRL_ATTR_FAMILY_ID))
+    let family = number(&family(&mut connection)?, CTRL_ATTR_FAMILY_ID)
         .ok_or_else(|| io::Error::other("the kernel did not tell the number of its netdev family"))?;
     let list = Generic { family: family as u16, command: NETDEV_CMD_DEV_GET, attributes: Vec::new() };
     let devices = connection.dump(list)?;
     Ok(devices
         .iter()
         .filter_map(|device| {
-            let features = device.number(NETDEV_A_DEV_XDP_FEATURES)?;
+            let features = number(&device.attributes, NETDEV_A_DEV_XDP_FEATURES)?;
             Some((
-                device.number(NETDEV_A_DEV_IFINDEX)? as u32,
+                number(&device.attributes, NETDEV_A_DEV_IFINDEX)? as u32,
                 XdpFeatures { native: features & ACT_BASIC != 0, target: features & ACT_NDO_XMIT != 0 },
             ))
         })

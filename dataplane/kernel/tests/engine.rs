@@ -134,6 +134,23 @@ fn an_interface_that_comes_goes_and_comes_back_is_attached_again() {
     });
 }
 
+/// A veth takes redirected frames while its other end polls, which may be in a namespace that nobody here looks into.
+#[test]
+fn notice_is_given_when_a_driver_takes_redirected_frames_no_more() {
+    in_lab(|lab| {
+        let guest = lab.guest("p1", 1);
+        let monitor = LinkMonitor::open().expect("link notifications can be had");
+        for gro in ["on", "off"] {
+            ip(&format!("netns exec {guest} ethtool -K eth0 gro {gro}"));
+            let mut seen = Vec::new();
+            eventually("notice of p1", || {
+                seen.extend(monitor.next_timeout(Duration::from_millis(100)).expect("the monitor works"));
+                seen.iter().any(|event| matches!(event, LinkEvent::Changed { name, .. } if name == "p1"))
+            });
+        }
+    });
+}
+
 #[test]
 fn deleted_pins_are_made_again() {
     in_lab(|lab| {
