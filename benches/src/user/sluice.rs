@@ -59,7 +59,10 @@ impl Sluice {
         for (number, interface) in interfaces.into_iter().enumerate() {
             let (queue, steering) = netns.enter(|| {
                 let ifindex = if_nametoindex(interface)?;
-                let queue = xdp::open(ifindex, 0, &sluice.region, &XdpOptions::default())?;
+                // The guests' ends have XDP.
+                let options = XdpOptions { redirect: true, ..XdpOptions::default() };
+                let queue = xdp::open(ifindex, 0, &sluice.region, &options)?;
+                ensure!(queue.mode().redirect, "there is no tap to redirect from");
                 let steering = Steering::attach(ifindex, 1, true)?;
                 steering.set(0, queue.receive.socket())?;
                 Ok((queue, steering))

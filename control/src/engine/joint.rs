@@ -10,7 +10,7 @@ use sluice_kernel::{
     EngineError, FdbRow, FdbSweep, HooksInUse, Observation, PortState, PortStatus, SyncReport, WireView,
 };
 use sluice_pipeline::DropReason;
-use sluice_pipeline::tables::{PortStats, RuleStats};
+use sluice_pipeline::tables::{PortStats, RuleStats, port_flag};
 use sluice_policy::image::{Behind, Binding, Image};
 use sluice_policy::lower::{self, PortSpec, PortSpecKind};
 use sluice_user::workers::Move;
@@ -152,7 +152,8 @@ impl<K: DataPlane, U: UserPlane> JointEngine<K, U> {
             let ifindex = of_uplink.config.ifindex;
             match self.kernel.wire(ifindex) {
                 Ok(WireView { queues, mtu }) => {
-                    wires.push(Wire { uplink, trunk: *trunk, ifindex, queues, mtu });
+                    let redirect = of_uplink.config.flags & port_flag::XDP_TARGET != 0;
+                    wires.push(Wire { uplink, trunk: *trunk, ifindex, queues, mtu, redirect });
                 }
                 Err(error) => drop(notes.insert(uplink, vec![by_tap(&error.to_string())])),
             }

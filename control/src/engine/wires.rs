@@ -4,7 +4,8 @@
 //! socket of its queue, if that has one, instead of the tap. So sockets are further queues of the trunk, and what comes by
 //! them has been decided on already. The other way the uplink is a port of the userspace engine's, where lowering says so.
 //!
-//! The kernel copies frames into sockets and out of them. Drivers that would not have to copy cannot be told from those that cut
+//! The kernel copies frames into sockets and out of them; to a driver that takes frames that XDP redirects, the latter goes by a shorter
+//! way than a socket's. Drivers that would not have to copy cannot be told from those that cut
 //! frames with chunks as short as ours: igb takes receive buffers in steps of 1 KiB, of our 1 792 bytes it uses 1 024, and the
 //! rest of every longer frame comes as a frame of its own, guards and rules notwithstanding. Nor is a queue that copies reset
 //! when its socket goes, which others on it would notice.
@@ -48,6 +49,8 @@ pub struct Wire {
     pub queues: u32,
     /// MTU.
     pub mtu: u32,
+    /// Its driver takes frames that XDP redirects to it, at present.
+    pub redirect: bool,
 }
 
 /// What was done about uplinks, and how they are served.
@@ -199,7 +202,7 @@ impl Wires {
 /// Opens the socket of one queue.
 fn open_queue(running: &Running, wire: &Wire, number: u32) -> Result<XdpQueue, WireError> {
     let longest = wire.mtu as usize + HEADER;
-    let options = XdpOptions { entries: ENTRIES, zero_copy: false, longest };
+    let options = XdpOptions { entries: ENTRIES, zero_copy: false, longest, redirect: wire.redirect };
     let queue = xdp::open(wire.ifindex, number, &running.region, &options)?;
     if longest > ONE_CHUNK && !queue.mode().multi_buffer {
         return Err(WireError::Mtu(wire.mtu));
@@ -240,7 +243,9 @@ impl Open {
             _ => "copy mode",
         };
         let count = self.sockets.len();
-        format!("AF_XDP, {mode}, {count} queue{}", if count == 1 { "" } else { "s" })
+        let is_redirected = self.sockets.iter().all(|keeper| keeper.mode().redirect);
+        let out = if is_redirected { ", sent by XDP redirect" } else { "" };
+        format!("AF_XDP, {mode}, {count} queue{}{out}", if count == 1 { "" } else { "s" })
     }
 
     fn notes(&self) -> Vec<String> {

@@ -92,13 +92,8 @@ impl Tap {
             _ => TapError::Make { name: name.to_owned(), source },
         };
         let set_up = |source| TapError::SetUp { name: name.to_owned(), source };
-        let file = sys::make(name, MAX_HEADER).map_err(make)?;
-        // With IPv6 the kernel would introduce itself to the VMs.
-        match std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1") {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(set_up(error)),
-            Ok(()) | Err(_) => {}
-        }
-        sys::set_up(name).map_err(set_up)?;
+        let file = sys::make_with_headers(name, MAX_HEADER).map_err(make)?;
+        start(name).map_err(set_up)?;
         let device = Device { file, is_gone: AtomicBool::new(false), refused: AtomicU64::new(0) };
         Ok(Tap { device: Arc::new(device), name: name.to_owned() })
     }
@@ -127,6 +122,23 @@ impl Tap {
         let rest = vec![0; LARGE_CHUNK].into();
         (FromTap { device: Arc::clone(device), rest }, ToTap { device: Arc::clone(device) })
     }
+}
+
+/// Sets a tap up that is to say nothing of its own.
+fn start(name: &str) -> io::Result<()> {
+    // With IPv6 the kernel would introduce itself to the VMs.
+    match std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1") {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    sys::set_up(name)
+}
+
+/// A tap that is up, and whose name says no more than whose it is; frames have nothing in front of them. It lives as long as the file.
+pub(crate) fn quiet_tap() -> io::Result<(OwnedFd, String)> {
+    let (file, name) = sys::make_plain("sluice%d")?;
+    start(&name)?;
+    Ok((file, name))
 }
 
 /// The way in: what the kernel sends to the tap.

@@ -15,6 +15,7 @@
 //! count against RLIMIT_MEMLOCK.
 
 mod receive;
+mod redirect;
 mod ring;
 mod steering;
 mod sys;
@@ -30,6 +31,7 @@ use parking_lot::Mutex;
 
 use crate::frame::{Lent, Pool, Region, RegionLayout, SMALL_CHUNK};
 pub use receive::XdpReceive;
+use redirect::Redirector;
 use ring::{Consumer, Producer};
 pub use steering::Steering;
 use sys::RingKind;
@@ -46,8 +48,11 @@ pub struct XdpOptions {
     /// Only for drivers that are known to respect the length of a chunk, less the kernel's headroom: [`ONE_CHUNK`]. igb (Linux
     /// 7.2, as QEMU has it) rounds it down to 1 KiB, and takes the rest of a longer frame for another frame.
     pub zero_copy: bool,
-    /// The longest frame that may be sent, in bytes with Ethernet header and tags.
+    /// The longest frame that may be sent, in bytes with Ethernet header and two tags.
     pub longest: usize,
+    /// Whether the device takes frames that XDP redirects to it (its feature `ndo-xmit`). Without zero copy, frames that fit a chunk are
+    /// sent so then.
+    pub redirect: bool,
 }
 
 /// Room for a frame in one chunk: what the kernel puts into it begins behind a headroom of its own.
@@ -55,7 +60,7 @@ pub const ONE_CHUNK: usize = SMALL_CHUNK - 256;
 
 impl Default for XdpOptions {
     fn default() -> Self {
-        XdpOptions { entries: 1024, zero_copy: true, longest: 1500 + 22 }
+        XdpOptions { entries: 1024, zero_copy: true, longest: 1500 + 22, redirect: false }
     }
 }
 
@@ -66,6 +71,8 @@ pub struct XdpMode {
     pub zero_copy: bool,
     /// Frames may be longer than a chunk.
     pub multi_buffer: bool,
+    /// Frames are sent as XDP redirects them, and only others by the socket.
+    pub redirect: bool,
 }
 
 /// A queue cannot be opened.
@@ -278,13 +285,26 @@ pub fn open(
     receive::refill(&mut fill, &mut lent, &mut Pool::new(region));
     let multi_buffer = bind(fd.as_fd(), ifindex, queue, options).map_err(step("binding"))?;
     let zero_copy = sys::is_zero_copy(fd.as_fd()).map_err(step("asking for the mode"))?;
-    let mode = XdpMode { zero_copy, multi_buffer };
+    let redirector = redirector(ifindex, options, zero_copy);
+    let mode = XdpMode { zero_copy, multi_buffer, redirect: redirector.is_some() };
     let left = Left { ifindex, queue, zero_copy, lent: Mutex::default() };
     let socket = Arc::new(Socket { fd, mode, unsent: AtomicBool::new(false), left });
     Ok(XdpQueue {
         receive: XdpReceive::new(Arc::clone(&socket), fill, received, lent),
-        transmit: XdpTransmit::new(socket, sending, completion, region, options.longest),
+        transmit: XdpTransmit::new(socket, sending, completion, region, options.longest, redirector),
     })
+}
+
+/// The shorter way out, if the device has it. Without, frames go by the socket.
+fn redirector(ifindex: u32, options: &XdpOptions, zero_copy: bool) -> Option<Redirector> {
+    if zero_copy || !options.redirect || options.longest > ONE_CHUNK {
+        return None;
+    }
+    Redirector::open(ifindex)
+        .inspect_err(|error| {
+            tracing::warn!(ifindex, %error, "frames are sent by the AF_XDP socket: no tap can be had to redirect them from");
+        })
+        .ok()
 }
 
 /// Binds in the best mode that the driver has; answers whether frames may be longer than a chunk. Waits for the queue's last

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use sluice_policy::ids::Ids;
 use sluice_policy::image::{Binding, Bindings};
 use sluice_policy::lower::{assign_ids, lower, ports};
 use sluice_policy::net::{MacAddr, VlanId, VlanRange};
+use sluice_tests::api::{list, text};
 use sluice_tests::netns;
 use sluice_tests::{Netns, PacketSocket, lab_guest, wait_until};
 use sluice_user::engine::Engine;
@@ -57,6 +59,10 @@ struct Setting {
 }
 
 fn start(netns: &Netns, policies: [Policy; 2], longest: usize) -> Result<Setting> {
+    start_with(netns, policies, &XdpOptions { longest, ..XdpOptions::default() })
+}
+
+fn start_with(netns: &Netns, policies: [Policy; 2], options: &XdpOptions) -> Result<Setting> {
     let region = Region::new(RegionLayout { small: 3 * 4096, large: 64 })?;
     let engine = Engine::new();
     let vnics = MACS.iter().zip(policies).enumerate().map(|(number, (mac, policy))| Vnic {
@@ -98,18 +104,17 @@ fn start(netns: &Netns, policies: [Policy; 2], longest: usize) -> Result<Setting
         steerings: Vec::new(),
     };
     for number in 0..2 {
-        setting.open(netns, number, longest)?;
+        setting.open(netns, number, options)?;
     }
     Ok(setting)
 }
 
 impl Setting {
     /// Attaches a port to its near end.
-    fn open(&mut self, netns: &Netns, number: usize, longest: usize) -> Result<()> {
+    fn open(&mut self, netns: &Netns, number: usize, options: &XdpOptions) -> Result<()> {
         let ifindex = netns.ifindex(&format!("near{number}"))?.context("no such interface")?;
-        let options = XdpOptions { longest, ..XdpOptions::default() };
         let (queue, steering) = netns.enter(|| {
-            let queue = xdp::open(ifindex, 0, &self.region, &options)?;
+            let queue = xdp::open(ifindex, 0, &self.region, options)?;
             let steering = Steering::attach(ifindex, 1, true)?;
             steering.set(0, queue.receive.socket())?;
             Ok((queue, steering))
@@ -253,6 +258,72 @@ fn frames_longer_than_a_chunk_cross_in_parts() -> Result<()> {
     Ok(())
 }
 
+/// Frames that came from the taps that frames are redirected from, by name.
+fn redirected(netns: &Netns) -> Result<BTreeMap<String, u64>> {
+    let links: serde_json::Value = serde_json::from_str(&netns.run(&["ip", "-s", "-j", "link"])?)?;
+    let taps = list(&links).iter().filter(|link| text(&link["ifname"]).starts_with("sluice"));
+    let count = |tap: &serde_json::Value| tap["stats64"]["rx"]["packets"].as_u64().unwrap_or_default();
+    Ok(taps.map(|tap| (text(&tap["ifname"]).to_owned(), count(tap))).collect())
+}
+
+#[test]
+fn frames_are_redirected_to_a_device_that_takes_them() -> Result<()> {
+    const COUNT: u32 = 2000;
+    // Longer frames than fit the engine's idea of the MTU pass.
+    let netns = wires("uxdp-redirect", 1600)?;
+    for far in ["far0", "far1"] {
+        netns.run(&["ethtool", "-K", far, "gro", "on"])?;
+    }
+    let options = XdpOptions { redirect: true, ..XdpOptions::default() };
+    let setting = start_with(&netns, [Policy::default(), Policy::default()], &options)?;
+    ensure!(setting.modes.iter().all(|mode| mode.redirect), "{:?}", setting.modes);
+    let far = far_ends(&netns)?;
+    let length = |number: u32| 60 + number as usize % (options.longest - 59);
+    for from in 0..2 {
+        cross(&far, from, COUNT, length)?;
+    }
+    // Those with room for a second tag only go by the socket.
+    let by_tap = (0..COUNT).filter(|number| length(*number) <= options.longest - 4).count() as u64;
+    let taps = redirected(&netns)?;
+    ensure!(by_tap < u64::from(COUNT), "no frame was too long");
+    // A batch goes one way or the other as a whole.
+    let counts: Vec<u64> = taps.values().copied().collect();
+    ensure!(
+        counts.len() == 2 && counts.iter().all(|count| (by_tap * 9 / 10..=by_tap).contains(count)),
+        "{by_tap} of {COUNT} were to be redirected: {taps:?}"
+    );
+    // Whoever removes a tap leaves the way by the socket.
+    for tap in taps.keys() {
+        netns.run(&["ip", "link", "del", tap])?;
+    }
+    far[0].send(&frame(0, 0, 60))?; // may be lost: it finds that out
+    far[1].send(&frame(1, 0, 60))?;
+    wait_until("both ends have found out", PATIENCE, || {
+        let failed = |port| setting.engine.drops(port, DropReason::EgressFailed);
+        Ok(setting.ports.iter().all(|port| failed(*port) > 0).then_some(()))
+    })?;
+    for from in 0..2 {
+        cross(&far, from, 200, |_| 60)?;
+    }
+    let Setting { region, workers, engine, .. } = setting;
+    drop((workers, engine));
+    ensure!(region.outstanding() == 0, "{} chunks are missing", region.outstanding());
+    Ok(())
+}
+
+#[test]
+fn a_tap_goes_with_the_queue_that_it_is_for() -> Result<()> {
+    let netns = wires("uxdp-tap", 1500)?;
+    let options = XdpOptions { redirect: true, ..XdpOptions::default() };
+    let setting = start_with(&netns, [Policy::default(), Policy::default()], &options)?;
+    ensure!(redirected(&netns)?.len() == 2, "each queue has one: {:?}", redirected(&netns)?);
+    setting.close(0)?;
+    ensure!(redirected(&netns)?.len() == 1, "{:?}", redirected(&netns)?);
+    drop(setting);
+    ensure!(redirected(&netns)?.is_empty(), "{:?}", redirected(&netns)?);
+    Ok(())
+}
+
 #[test]
 fn ports_come_and_go_under_load_and_no_chunk_is_lost() -> Result<()> {
     let netns = wires("uxdp-come", 1500)?;
@@ -268,7 +339,7 @@ fn ports_come_and_go_under_load_and_no_chunk_is_lost() -> Result<()> {
         }
         setting.steerings.clear();
         for number in 0..2 {
-            setting.open(&netns, number, 1522)?;
+            setting.open(&netns, number, &XdpOptions::default())?;
         }
         far[0].drain(|_| false)?;
         far[1].drain(|_| false)?;
@@ -325,7 +396,7 @@ fn a_driver_moves_frames_without_copying_them() -> Result<()> {
         if round < 2 {
             setting.close(0)?;
             setting.steerings.remove(if round == 0 { 0 } else { 1 });
-            setting.open(&netns, 0, 1514)?;
+            setting.open(&netns, 0, &XdpOptions { longest: 1514, ..XdpOptions::default() })?;
         }
     }
     let Setting { region, workers, engine, .. } = setting;

@@ -317,6 +317,36 @@ fn an_uplink_that_comes_back_or_changes_is_served_again() -> Result<()> {
     })
 }
 
+#[test]
+fn an_uplink_that_takes_redirected_frames_is_sent_to_by_redirect() -> Result<()> {
+    const REDIRECT: &str = "sent by XDP redirect";
+    scenario(|lab| {
+        let out = outside(lab)?;
+        let vm2 = Guest::new(lab, 2)?;
+        lab.sluice().apply(&switch(&[vm2.vnic("")]))?;
+        let guest = vm2.boot(lab, true)?;
+        wait_said(lab, BY_SOCKET)?;
+        // A veth takes them while its other end polls.
+        for (gro, is_redirected) in [("on", true), ("off", false), ("on", true)] {
+            out.netns.run(&["ethtool", "-K", INTERFACE, "gro", gro])?;
+            wait_until(&format!("gro is {gro}"), 3 * PATIENCE, || {
+                let said = said(lab)?;
+                Ok((said.contains(BY_SOCKET) && said.contains(REDIRECT) == is_redirected).then_some(()))
+            })?;
+            let (wire, card) =
+                (PacketSocket::open(&out.netns, INTERFACE)?, PacketSocket::open(&vm2.vm.netns, INTERFACE)?);
+            vm2.vm.ping(&out)?;
+            out.ping(&vm2.vm)?;
+            burst(&card, &wire, |text| note(out.mac(), vm2.vm.mac(), &[], text), gro)?;
+            burst(&wire, &card, |text| note(vm2.vm.mac(), out.mac(), &[], text), gro)?;
+            let address = out.ip4().to_string();
+            let end = tools::iperf3(&vm2.vm.netns, &out.netns, &address, &["-n", "20M"])?;
+            ensure!(tools::gbits_received(&end) > 0.005, "TCP: {end}");
+        }
+        guest.end()
+    })
+}
+
 /// A station that is heard outside, and then behind a vNIC that may have others behind it: guests with rings find it there.
 #[test]
 fn guests_find_a_station_that_moves_from_the_wire_to_a_learning_vnic() -> Result<()> {

@@ -269,9 +269,15 @@ fn an_uplink_is_served_directly_while_xdp_is_on_it() {
     bench.kernel.world().xdp.insert("uplink/blue".to_owned());
     let report = pass(&mut bench);
     let (uplink, trunk) = (bench.id("uplink/blue"), bench.id("user/blue"));
-    assert_eq!(wires(&bench), [Wire { uplink, trunk, ifindex: 12, queues: 2, mtu: 1500 }]);
+    let wire = Wire { uplink, trunk, ifindex: 12, queues: 2, mtu: 1500, redirect: false };
+    assert_eq!(wires(&bench), std::slice::from_ref(&wire));
     assert_eq!(bench.kernel.world().steered, [(uplink, 0)]);
     assert_eq!(notes(&report), "served");
+    // While its driver takes redirected frames, it is another wire.
+    let mut bindings = bench.engine.observe(&bench.ports).expect("fakes do not fail").bindings;
+    bindings.get_mut("uplink/blue").expect("it is there").xdp_target = true;
+    bench.sync(&bindings);
+    assert_eq!(wires(&bench), [Wire { redirect: true, ..wire }]);
     // Without its trunk it is served by nobody.
     bench.kernel.world().netdevs.remove(&lower::user_tap_netdev("blue"));
     pass(&mut bench);

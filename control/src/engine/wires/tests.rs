@@ -21,7 +21,7 @@ fn image(path: &str) -> Image {
 
 #[test]
 fn an_uplink_that_cannot_be_opened_says_why_and_takes_the_tap() {
-    let wire = Wire { uplink: 9, trunk: 1, ifindex: 1_000_000, queues: 1, mtu: 1500 };
+    let wire = Wire { uplink: 9, trunk: 1, ifindex: 1_000_000, queues: 1, mtu: 1500, redirect: false };
     let mut steered = |_: u32, _: u32, _: BorrowedFd<'_>| panic!("there is no socket");
     let mut engine = UserEngine::default();
     let report = engine.serve_wires(std::slice::from_ref(&wire), &mut steered);

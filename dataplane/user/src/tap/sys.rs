@@ -28,16 +28,30 @@ fn checked(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Makes a tap that lives as long as what is answered, with a virtio-net header of so many bytes before each frame.
-pub(super) fn make(name: &str, header: usize) -> io::Result<OwnedFd> {
+/// Makes a tap that lives as long as what is answered, with more flags; answers its name, too. `%d` in it stands for a number that
+/// the kernel chooses.
+fn make(name: &str, more: libc::c_int) -> io::Result<(OwnedFd, String)> {
     let too_long = || io::Error::from_raw_os_error(libc::ENAMETOOLONG);
+    // The kernel runs XDP on pages only if it need not wait.
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = open("/dev/net/tun", flags, Mode::empty())?;
     let mut request = request(name).ok_or_else(too_long)?;
     request.ifr_ifru.ifru_flags =
-        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL) as libc::c_short;
+        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_TUN_EXCL | more) as libc::c_short;
     // SAFETY: the kernel reads and writes the ifreq, which lives through the call.
     checked(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
+    let name = request.ifr_name.iter().take_while(|byte| **byte != 0).map(|byte| byte.cast_unsigned());
+    Ok((file, String::from_utf8_lossy(&name.collect::<Vec<_>>()).into_owned()))
+}
+
+/// Makes a tap whose frames are as they are.
+pub(super) fn make_plain(name: &str) -> io::Result<(OwnedFd, String)> {
+    make(name, 0)
+}
+
+/// Makes a tap with a virtio-net header of so many bytes before each frame.
+pub(super) fn make_with_headers(name: &str, header: usize) -> io::Result<OwnedFd> {
+    let (file, _) = make(name, libc::IFF_VNET_HDR)?;
     let header = header as libc::c_int;
     // SAFETY: the kernel reads the integer, which lives through the call.
     checked(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header) })?;

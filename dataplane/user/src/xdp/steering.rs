@@ -21,7 +21,7 @@ impl Steering {
     /// The kernel's: EBUSY if the interface has another XDP program.
     pub fn attach(ifindex: u32, queues: u32, frags: bool) -> io::Result<Steering> {
         let map = sys::make_map(queues)?;
-        let program = sys::load_program(&instructions(map.as_fd()), frags)?;
+        let program = sys::load_program(&instructions(map.as_fd()), *b"sluice_xsk_all\0\0", frags)?;
         let (link, in_driver) = match sys::attach(program.as_fd(), ifindex, true) {
             Ok(link) => (link, true),
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
@@ -61,15 +61,7 @@ impl Steering {
 
 /// `bpf_redirect_map(&map, context->rx_queue_index, XDP_PASS)`
 fn instructions(map: BorrowedFd<'_>) -> [u64; 6] {
-    /// Opcode, registers (destination in the low half), offset, immediate value.
-    const fn instruction(code: u8, registers: u8, offset: u8, value: i32) -> u64 {
-        code as u64 | (registers as u64) << 8 | (offset as u64) << 16 | (value as u32 as u64) << 32
-    }
-    const LOAD_WORD: u8 = 0x61;
-    const LOAD_VALUE: u8 = 0x18;
-    const MOVE: u8 = 0xb7;
-    const CALL: u8 = 0x85;
-    const EXIT: u8 = 0x95;
+    use sys::instruction::{CALL, EXIT, LOAD_VALUE, LOAD_WORD, MOVE, instruction};
     const RX_QUEUE_INDEX: u8 = 16;
     const XDP_PASS: i32 = 2;
     const REDIRECT_MAP: i32 = 51;

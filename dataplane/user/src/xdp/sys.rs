@@ -326,8 +326,22 @@ impl Attributes for ProgramLoad {}
 
 const BPF_XDP: u32 = 37;
 
+/// Instructions of BPF, as far as programs are put together here.
+pub(super) mod instruction {
+    pub(in super::super) const LOAD_WORD: u8 = 0x61;
+    pub(in super::super) const LOAD_VALUE: u8 = 0x18;
+    pub(in super::super) const MOVE: u8 = 0xb7;
+    pub(in super::super) const CALL: u8 = 0x85;
+    pub(in super::super) const EXIT: u8 = 0x95;
+
+    /// Opcode, registers (destination in the low half), offset, immediate value.
+    pub(in super::super) const fn instruction(code: u8, registers: u8, offset: u8, value: i32) -> u64 {
+        code as u64 | (registers as u64) << 8 | (offset as u64) << 16 | (value as u32 as u64) << 32
+    }
+}
+
 /// Loads an XDP program. `frags`: it takes frames in several buffers.
-pub(super) fn load_program(instructions: &[u64], frags: bool) -> io::Result<OwnedFd> {
+pub(super) fn load_program(instructions: &[u64], name: [u8; 16], frags: bool) -> io::Result<OwnedFd> {
     const BPF_PROG_LOAD: u32 = 5;
     const BPF_PROG_TYPE_XDP: u32 = 6;
     const BPF_F_XDP_HAS_FRAGS: u32 = 1 << 5;
@@ -341,7 +355,7 @@ pub(super) fn load_program(instructions: &[u64], frags: bool) -> io::Result<Owne
         log: 0,
         kernel_version: 0,
         flags: if frags { BPF_F_XDP_HAS_FRAGS } else { 0 },
-        name: *b"sluice_xsk_all\0\0",
+        name,
         ifindex: 0,
         expected_attach_type: BPF_XDP,
     };

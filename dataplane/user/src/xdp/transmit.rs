@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::redirect::{Redirector, Written};
 use super::ring::{CONTINUED, Consumer, Descriptor, Producer};
 use super::{Kick, Socket};
 use crate::frame::{Frame, HEADROOM, Lent, Pool, Region, SMALL_CHUNK};
@@ -16,6 +17,7 @@ pub struct XdpTransmit {
     lent: Lent,
     region: Arc<Region>,
     longest: usize,
+    redirector: Option<Redirector>,
     /// Last: rings are unmapped before the socket can be closed.
     socket: Arc<Socket>,
 }
@@ -27,9 +29,11 @@ impl XdpTransmit {
         completion: Consumer<u64>,
         region: &Arc<Region>,
         longest: usize,
+        redirector: Option<Redirector>,
     ) -> XdpTransmit {
         let lent = Lent::new(region);
-        XdpTransmit { sending, completion, lent, region: Arc::clone(region), longest, socket }
+        let region = Arc::clone(region);
+        XdpTransmit { sending, completion, lent, region, longest, redirector, socket }
     }
 
     /// Takes back what the device has sent.
@@ -91,9 +95,39 @@ impl XdpTransmit {
     }
 }
 
+/// Bytes of the second tag of a frame: XDP redirects no frame that is longer than the device's MTU, an Ethernet header and one tag.
+const SECOND_TAG: usize = 4;
+
+impl XdpTransmit {
+    /// Has a batch redirected; answers how many frames were. `None`, and nothing is done, if that is not for all of them.
+    #[inline]
+    fn redirect(&mut self, batch: &Batch) -> Option<usize> {
+        let redirector = self.redirector.as_ref()?;
+        if batch.frames().iter().any(|frame| frame.len() + SECOND_TAG > self.longest) {
+            return None;
+        }
+        let mut sent = 0;
+        for frame in batch.frames() {
+            match redirector.send(frame.bytes()) {
+                Written::Redirected => sent += 1,
+                Written::Refused => {}
+                Written::Gone => {
+                    self.redirector = None;
+                    break;
+                }
+            }
+        }
+        Some(sent)
+    }
+}
+
 impl Transmit for XdpTransmit {
     fn transmit(&mut self, pool: &mut Pool, batch: &mut Batch) -> usize {
         self.complete(pool);
+        if let Some(sent) = self.redirect(batch) {
+            batch.recycle(pool);
+            return sent;
+        }
         let mut sent = 0;
         for frame in batch.drain() {
             match self.put(frame, pool) {
