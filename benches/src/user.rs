@@ -2,7 +2,7 @@
 //!
 //! Each switch has one polling thread, on the last CPU; what generates frames has the first. Two switches that poll cannot stand side
 //! by side on few CPUs, so each round starts every one of them anew; ratios are between medians of samples that were taken between
-//! cores [near](distance) each other.
+//! cores equally [far](distance) from each other.
 //!
 //! **vhost-user**: one guest with two virtio-net cards ([`testpmd::Guest`]) sends minimal frames from each to the other and counts
 //! what arrives. **AF_XDP**: two veth guests as for the kernel engine; the switch takes frames from the host's ends by AF_XDP.
@@ -164,7 +164,7 @@ fn stacks(has_offloads: bool, seconds: u32) -> Result<f64> {
 }
 
 /// Rates with one flow, and with many, between guests' rings.
-fn rings(setup: &Setup, options: &Options) -> Result<[Sample; 2]> {
+fn rings(setup: &Setup, options: &Options) -> Result<[Vec<Sample>; 2]> {
     let netns = Netns::create(&format!("sl-{}-{}", std::process::id(), setup.name))?;
     let folder = folder()?;
     let path = folder.path();
@@ -180,18 +180,18 @@ fn rings(setup: &Setup, options: &Options) -> Result<[Sample; 2]> {
         }
         Switch::Stacks { .. } => bail!("{} is measured by streams", setup.name),
     };
-    let measure = |flows| -> Result<Sample> {
+    let measure = |flows| -> Result<Vec<Sample>> {
         distance::sample([GENERATOR_CPU, switch_cpu()?], || {
             let mut guest = Guest::start(&netns, path, flows)?;
             guest.rate(path, options.seconds.ceil() as usize)
         })
     };
-    let rates = || -> Result<[Sample; 2]> { Ok([measure(1)?, measure(options.flows)?]) };
+    let rates = || -> Result<[Vec<Sample>; 2]> { Ok([measure(1)?, measure(options.flows)?]) };
     rates().with_context(|| running.describe())
 }
 
 /// Rates with one flow, and with many, between AF_XDP sockets.
-fn xdp_sockets(setup: &Setup, options: &Options) -> Result<[Sample; 2]> {
+fn xdp_sockets(setup: &Setup, options: &Options) -> Result<[Vec<Sample>; 2]> {
     let world = World::new(setup.name, Kind::Xdp)?;
     let folder = folder()?;
     let path = folder.path();
@@ -208,12 +208,12 @@ fn xdp_sockets(setup: &Setup, options: &Options) -> Result<[Sample; 2]> {
         }
         Switch::Stacks { .. } => bail!("{} is measured by streams", setup.name),
     };
-    let measure = |flows| -> Result<Sample> {
+    let measure = |flows| -> Result<Vec<Sample>> {
         distance::sample([GENERATOR_CPU, switch_cpu()?], || {
             Ok(measure::rate(&world, Kind::Xdp, flows, options.seconds, GENERATOR_CPU)?.mpps)
         })
     };
-    let rates = || -> Result<[Sample; 2]> { Ok([measure(1)?, measure(options.flows)?]) };
+    let rates = || -> Result<[Vec<Sample>; 2]> { Ok([measure(1)?, measure(options.flows)?]) };
     rates().with_context(|| running.describe())
 }
 

@@ -2,8 +2,8 @@
 //!
 //! Between rings, everything that the switch reads has been written on the guest's core, so this decides the rate as much as any
 //! switch does: a few tens of nanoseconds within a chip, 250 between two. In a virtual machine it changes while one measures, since
-//! the host moves its CPUs about; a figure without it says little. So it is measured before and after each sample, a sample between
-//! distant cores is taken again a few times, and set-ups are compared by samples between near ones.
+//! the host moves its CPUs about; a figure without it says little. So it is measured before and after each sample, another is taken
+//! after one between distant cores, and set-ups are compared by samples between near cores and, apart from these, between distant ones.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
@@ -17,9 +17,9 @@ use crate::measure::pin_to;
 const TURNS: u32 = 100;
 const RALLIES: u32 = 300;
 /// How much farther apart than ever before two cores may be to be near each other.
-const NEAR: f64 = 1.6;
-/// How often a sample is taken.
-const ATTEMPTS: u32 = 4;
+const NEAR: f64 = 2.5;
+/// How many samples are taken at most.
+const ATTEMPTS: usize = 3;
 
 /// A line of cache that two cores take from each other.
 #[repr(align(128))]
@@ -42,18 +42,22 @@ pub(crate) fn is_near(distance: f64) -> bool {
     distance <= NEAR * f64::from(SHORTEST.load(Ordering::Relaxed))
 }
 
-/// Takes a sample; again, if the cores were not near each other, but only a few times.
-pub(crate) fn sample([one, other]: [usize; 2], mut measure: impl FnMut() -> Result<f64>) -> Result<Sample> {
-    let mut attempt = 1;
-    loop {
+/// Takes a sample, and others until one was taken between near cores, but only a few.
+pub(crate) fn sample(
+    [one, other]: [usize; 2],
+    mut measure: impl FnMut() -> Result<f64>,
+) -> Result<Vec<Sample>> {
+    let mut samples = Vec::new();
+    while samples.len() < ATTEMPTS {
         let before = between(one, other)?;
         let mpps = measure()?;
         let distance = before.max(between(one, other)?);
-        if is_near(distance) || attempt == ATTEMPTS {
-            return Ok(Sample { mpps, distance });
+        samples.push(Sample { mpps, distance });
+        if is_near(distance) {
+            break;
         }
-        attempt += 1;
     }
+    Ok(samples)
 }
 
 /// Nanoseconds from one CPU to the other.
