@@ -23,7 +23,7 @@ mod transmit;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -119,6 +119,10 @@ struct Socket {
     mode: XdpMode,
     /// Frames wait in the transmit ring that the kernel must be called for again.
     unsent: AtomicBool,
+    /// The shorter way out, if the device has it. Here, since to close a tap takes the kernel a while.
+    redirector: Option<Redirector>,
+    /// Somebody has removed its tap, or set it down.
+    is_cut_off: AtomicBool,
     /// Behind `fd`, and so dropped when that is closed.
     left: Left,
 }
@@ -135,6 +139,17 @@ struct Left {
 impl Socket {
     fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    /// How the driver serves the queue, now.
+    fn mode(&self) -> XdpMode {
+        XdpMode { redirect: self.redirector().is_some(), ..self.mode }
+    }
+
+    /// The shorter way out, while it can be used.
+    #[inline]
+    fn redirector(&self) -> Option<&Redirector> {
+        self.redirector.as_ref().filter(|_| !self.is_cut_off.load(Ordering::Relaxed))
     }
 
     /// Makes the kernel send what is in the transmit ring.
@@ -220,7 +235,7 @@ impl XdpKeeper {
 
     /// How the driver serves the queue.
     pub fn mode(&self) -> XdpMode {
-        self.0.mode
+        self.0.mode()
     }
 
     /// The socket, to be put into the XSKMAP of a steering program.
@@ -242,6 +257,11 @@ impl XdpKeeper {
 pub struct XdpMonitor(Weak<Socket>);
 
 impl XdpMonitor {
+    /// How the driver serves the queue; `None` when it is closed.
+    pub fn mode(&self) -> Option<XdpMode> {
+        self.0.upgrade().map(|socket| socket.mode())
+    }
+
     /// The kernel's counters of the socket; `None` when the queue is closed.
     ///
     /// # Errors
@@ -288,14 +308,15 @@ pub fn open(
     let redirector = redirector(ifindex, options, zero_copy);
     let mode = XdpMode { zero_copy, multi_buffer, redirect: redirector.is_some() };
     let left = Left { ifindex, queue, zero_copy, lent: Mutex::default() };
-    let socket = Arc::new(Socket { fd, mode, unsent: AtomicBool::new(false), left });
+    let (unsent, is_cut_off) = (AtomicBool::new(false), AtomicBool::new(false));
+    let socket = Arc::new(Socket { fd, mode, unsent, redirector, is_cut_off, left });
     Ok(XdpQueue {
         receive: XdpReceive::new(Arc::clone(&socket), fill, received, lent),
-        transmit: XdpTransmit::new(socket, sending, completion, region, options.longest, redirector),
+        transmit: XdpTransmit::new(socket, sending, completion, region, options.longest),
     })
 }
 
-/// The shorter way out, if the device has it. Without, frames go by the socket.
+/// The shorter way out. Without, frames go by the socket.
 fn redirector(ifindex: u32, options: &XdpOptions, zero_copy: bool) -> Option<Redirector> {
     if zero_copy || !options.redirect || options.longest > ONE_CHUNK {
         return None;

@@ -305,6 +305,9 @@ fn frames_are_redirected_to_a_device_that_takes_them() -> Result<()> {
     for from in 0..2 {
         cross(&far, from, 200, |_| 60)?;
     }
+    for mode in setting.monitors.iter().map(XdpMonitor::mode) {
+        ensure!(mode.is_some_and(|mode| !mode.redirect), "{mode:?} is said of a queue without its tap");
+    }
     let Setting { region, workers, engine, .. } = setting;
     drop((workers, engine));
     ensure!(region.outstanding() == 0, "{} chunks are missing", region.outstanding());

@@ -38,7 +38,7 @@ impl XdpReceive {
 
     /// How the driver serves the queue.
     pub fn mode(&self) -> XdpMode {
-        self.socket.mode
+        self.socket.mode()
     }
 
     /// The socket, to be put into the XSKMAP of a steering program.

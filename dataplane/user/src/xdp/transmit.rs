@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::redirect::{Redirector, Written};
+use super::redirect::Written;
 use super::ring::{CONTINUED, Consumer, Descriptor, Producer};
 use super::{Kick, Socket};
 use crate::frame::{Frame, HEADROOM, Lent, Pool, Region, SMALL_CHUNK};
@@ -17,7 +17,6 @@ pub struct XdpTransmit {
     lent: Lent,
     region: Arc<Region>,
     longest: usize,
-    redirector: Option<Redirector>,
     /// Last: rings are unmapped before the socket can be closed.
     socket: Arc<Socket>,
 }
@@ -29,11 +28,10 @@ impl XdpTransmit {
         completion: Consumer<u64>,
         region: &Arc<Region>,
         longest: usize,
-        redirector: Option<Redirector>,
     ) -> XdpTransmit {
         let lent = Lent::new(region);
         let region = Arc::clone(region);
-        XdpTransmit { sending, completion, lent, region, longest, redirector, socket }
+        XdpTransmit { sending, completion, lent, region, longest, socket }
     }
 
     /// Takes back what the device has sent.
@@ -101,8 +99,8 @@ const SECOND_TAG: usize = 4;
 impl XdpTransmit {
     /// Has a batch redirected; answers how many frames were. `None`, and nothing is done, if that is not for all of them.
     #[inline]
-    fn redirect(&mut self, batch: &Batch) -> Option<usize> {
-        let redirector = self.redirector.as_ref()?;
+    fn redirect(&self, batch: &Batch) -> Option<usize> {
+        let redirector = self.socket.redirector()?;
         if batch.frames().iter().any(|frame| frame.len() + SECOND_TAG > self.longest) {
             return None;
         }
@@ -112,7 +110,7 @@ impl XdpTransmit {
                 Written::Redirected => sent += 1,
                 Written::Refused => {}
                 Written::Gone => {
-                    self.redirector = None;
+                    self.socket.is_cut_off.store(true, Ordering::Relaxed);
                     break;
                 }
             }
