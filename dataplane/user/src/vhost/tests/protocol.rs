@@ -249,6 +249,27 @@ fn boots(kind: Rings) {
     assert_eq!(vmm.front.get_max_mem_slots().unwrap(), 509);
 }
 
+/// The worker that was to notify it may have found the queue locked, and does not come back.
+#[test]
+fn a_request_that_changes_nothing_leaves_no_guest_without_notice() {
+    let mut served = Served::new(Mode::Server);
+    let mut vmm = Vmm::boot(served.dial());
+    vmm.refill(0, 1);
+    vmm.transmit(0, &frame(60, 1));
+    for call in &vmm.calls {
+        let _ = call.read();
+    }
+    let mut batch = Batch::new();
+    served.ends[0].0.receive(&mut served.pool, &mut batch);
+    assert_eq!(batch.len(), 1);
+    assert_eq!(served.ends[0].1.transmit(&mut served.pool, &mut batch), 1);
+    for index in 0..2 {
+        assert!(vmm.calls[index].read().is_err(), "nobody has notified queue {index} so far");
+        vmm.front.set_vring_enable(index, true).unwrap();
+        assert_eq!(vmm.calls[index].read().unwrap(), 1, "queue {index}");
+    }
+}
+
 #[test]
 fn a_kick_wakes_a_sleeper() {
     let mut served = Served::new(Mode::Server);
