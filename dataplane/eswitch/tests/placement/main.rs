@@ -48,6 +48,33 @@ struct Tally {
     failures: Vec<String>,
 }
 
+/// What a run covers at least, in per cent: of vNICs, and of cases.
+struct Shares {
+    placed: usize,
+    exact: usize,
+    vf_reached: usize,
+    sent_in_hardware: usize,
+}
+
+impl Tally {
+    fn assert_covers(&self, least: Shares) {
+        for (what, count, all, least) in [
+            ("vNICs placed", self.placed, self.vnics, least.placed),
+            ("compared exactly", self.exact, self.cases, least.exact),
+            ("reached a VF", self.vf_reached, self.cases, least.vf_reached),
+            ("sent in hardware", self.sent_in_hardware, self.cases, least.sent_in_hardware),
+        ] {
+            assert!(count * 100 >= all * least, "only {count} of {all} {what}");
+        }
+    }
+
+    fn assert_refused(&self, features: &[Feature]) {
+        for feature in features {
+            assert!(self.refused.contains_key(feature), "{feature:?} was never the reason to refuse");
+        }
+    }
+}
+
 #[allow(clippy::print_stderr)] // the seed and the figures are for whoever reads the run
 fn run(mode: Mode, ease: fn(&mut Rng, &mut Scenario), nic: fn(&mut Rng) -> (Capabilities, Flaws)) -> Tally {
     let (seed, cases) = (seed(), from_env("SLUICE_CASES", 30_000) as usize);
@@ -305,26 +332,8 @@ fn legacy_nic(rng: &mut Rng) -> (Capabilities, Flaws) {
 #[test]
 fn legacy_programs_do_what_the_oracle_says() {
     let tally = run(Mode::Legacy, ease_for_legacy, legacy_nic);
-    assert!(tally.placed * 100 >= tally.vnics * 10, "only {} of {} vNICs placed", tally.placed, tally.vnics);
-    assert!(
-        tally.exact * 100 >= tally.cases * 70,
-        "only {} of {} compared exactly",
-        tally.exact,
-        tally.cases
-    );
-    assert!(
-        tally.vf_reached * 100 >= tally.cases * 10,
-        "only {} of {} reached a VF",
-        tally.vf_reached,
-        tally.cases
-    );
-    assert!(
-        tally.sent_in_hardware * 100 >= tally.cases * 5,
-        "only {} of {} sent in hardware",
-        tally.sent_in_hardware,
-        tally.cases
-    );
-    for feature in [
+    tally.assert_covers(Shares { placed: 10, exact: 70, vf_reached: 10, sent_in_hardware: 5 });
+    tally.assert_refused(&[
         Feature::Uplink,
         Feature::MacGuard,
         Feature::ExtraMacs,
@@ -342,34 +351,14 @@ fn legacy_programs_do_what_the_oracle_says() {
         Feature::UnknownUnicast,
         Feature::Learning,
         Feature::PortState,
-    ] {
-        assert!(tally.refused.contains_key(&feature), "{feature:?} was never the reason to refuse");
-    }
+    ]);
 }
 
 #[test]
 fn switchdev_programs_do_what_the_oracle_says() {
     let tally = run(Mode::Switchdev, ease_for_switchdev, switchdev_nic);
-    assert!(tally.placed * 100 >= tally.vnics * 30, "only {} of {} vNICs placed", tally.placed, tally.vnics);
-    assert!(
-        tally.exact * 100 >= tally.cases * 80,
-        "only {} of {} compared exactly",
-        tally.exact,
-        tally.cases
-    );
-    assert!(
-        tally.vf_reached * 100 >= tally.cases * 5,
-        "only {} of {} reached a VF",
-        tally.vf_reached,
-        tally.cases
-    );
-    assert!(
-        tally.sent_in_hardware * 100 >= tally.cases * 5,
-        "only {} of {} sent in hardware",
-        tally.sent_in_hardware,
-        tally.cases
-    );
-    for feature in [
+    tally.assert_covers(Shares { placed: 30, exact: 80, vf_reached: 5, sent_in_hardware: 5 });
+    tally.assert_refused(&[
         Feature::Uplink,
         Feature::PortState,
         Feature::Offload,
@@ -381,7 +370,5 @@ fn switchdev_programs_do_what_the_oracle_says() {
         Feature::AclFromVm,
         Feature::RateFromVm,
         Feature::TableSpace,
-    ] {
-        assert!(tally.refused.contains_key(&feature), "{feature:?} was never the reason to refuse");
-    }
+    ]);
 }
