@@ -7,7 +7,7 @@
 //! may lie about theirs. All else goes through the pipeline, and so does the first frame of a flow in each epoch.
 //!
 //! Four entries of a cache line each may hold a flow, anywhere: the chance that all are taken is so small that flows get into each
-//! other's way only when the cache is nearly full.
+//! other's way only when the cache is nearly full; and then any of them goes, so that those which have ended are gone soon.
 
 use sluice_pipeline::tables::{Direction, MacKey, NO_RULE, PortConfig, fact, port_flag};
 use sluice_pipeline::{Context, Delivery, Headers, Tag, ip_proto};
@@ -226,6 +226,8 @@ pub(super) struct Flows {
     /// Of the frames of the batch at hand, the first so many.
     asked: [Asked; BATCH],
     count: usize,
+    /// Which of its places a flow took last, where there was no room.
+    turn: usize,
 }
 
 impl Flows {
@@ -235,6 +237,7 @@ impl Flows {
             entries: vec![Entry { key: Key::NONE, flow }; ENTRIES].into(),
             asked: [Asked::NONE; BATCH],
             count: 0,
+            turn: 0,
         }
     }
 
@@ -289,9 +292,9 @@ impl Flows {
         let (key, places) = (asked.key, asked.places.map(usize::from));
         let is_free = |place: &usize| self.entries[*place].key.is_older_than(&key);
         let place = places.into_iter().find(is_free).unwrap_or_else(|| {
-            let [first, .., last] = places;
-            self.entries[last] = self.entries[first];
-            first
+            // Whichever comes: most are of flows that have ended, and those that have not come back to another place.
+            self.turn = (self.turn + 1) % WAYS;
+            places[self.turn]
         });
         self.entries[place] = Entry { key, flow };
     }
@@ -311,21 +314,30 @@ mod tests {
         pool.copy(&bytes).expect("memory")
     }
 
-    /// How many of so many flows are known, after each of them was put.
-    fn known(flows: &mut Flows, count: u16, epoch: u64) -> usize {
+    /// Asks for these flows and puts those that are not known; answers how many were.
+    fn put(flows: &mut Flows, numbers: std::ops::Range<u16>, epoch: u64) -> usize {
         let region = Region::new(RegionLayout { small: 64, large: 1 }).expect("memory");
         let mut pool = Pool::new(&region);
-        let mut ask = |flows: &mut Flows, number: u16| {
+        let mut known = 0;
+        for number in numbers {
             let frame = frame(&mut pool, number);
             flows.ask(std::slice::from_ref(&frame), 1, epoch);
             pool.give(frame);
-            flows.answer(0).map(|flow| flow.port)
-        };
-        for number in 0..count {
-            assert_eq!(ask(flows, number), None);
-            flows.put(0, Flow { port: number.into(), tag: Tag::NONE, rules: [NO_RULE; 2] });
+            match flows.answer(0) {
+                Some(flow) => {
+                    assert_eq!(flow.port, u32::from(number));
+                    known += 1;
+                }
+                None => flows.put(0, Flow { port: number.into(), tag: Tag::NONE, rules: [NO_RULE; 2] }),
+            }
         }
-        (0..count).filter(|number| ask(flows, *number) == Some(u32::from(*number))).count()
+        known
+    }
+
+    /// How many of so many new flows are known when each was put.
+    fn known(flows: &mut Flows, count: u16, epoch: u64) -> usize {
+        assert_eq!(put(flows, 0..count, epoch), 0, "they are new");
+        put(flows, 0..count, epoch)
     }
 
     #[test]
@@ -335,6 +347,14 @@ mod tests {
             let count = known(&mut flows, 2000, epoch);
             assert!(count >= 1995, "{count} in epoch {epoch}");
         }
+        // Flows that have ended give way to those that go on.
+        let mut flows = Flows::new();
+        known(&mut flows, 30_000, 1);
+        for _ in 0..8 {
+            put(&mut flows, 40_000..41_000, 1);
+        }
+        let count = put(&mut flows, 40_000..41_000, 1);
+        assert!(count >= 990, "{count} of 1000 after 30000 others");
         // As many as there are entries: most find room.
         let count = known(&mut flows, ENTRIES as u16, 4);
         assert!((ENTRIES * 7 / 10..ENTRIES).contains(&count), "{count} of {ENTRIES}");
