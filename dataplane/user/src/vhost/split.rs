@@ -191,11 +191,15 @@ impl Virtqueue for Split {
 
     #[inline(always)]
     fn complete(&mut self, head: u16, written: u32) {
-        if self.left.pop_front().is_none() {
+        let is_left = self.left.pop_front().is_some();
+        if !is_left {
             self.available = self.available.wrapping_add(1);
         }
         if let Some(inflight) = &mut self.inflight {
-            inflight.take(head);
+            // What is left is written down already, in its order.
+            if !is_left {
+                inflight.take(head);
+            }
             self.unshown.push(head);
         }
         self.ring.put_used(self.used, head, written);
