@@ -99,7 +99,15 @@ const SECOND_TAG: usize = 4;
 impl XdpTransmit {
     /// Has a batch redirected; answers how many frames were. `None`, and nothing is done, if that is not for all of them.
     #[inline]
-    fn redirect(&self, batch: &Batch) -> Option<usize> {
+    fn redirect(&mut self, batch: &Batch) -> Option<usize> {
+        self.socket.redirector()?;
+        // What went by the socket before must not be overtaken.
+        if self.sending.pending() > 0 {
+            self.flush();
+            if self.sending.pending() > 0 {
+                return None;
+            }
+        }
         let redirector = self.socket.redirector()?;
         if batch.frames().iter().any(|frame| frame.len() + SECOND_TAG > self.longest) {
             return None;
