@@ -134,10 +134,12 @@ impl Report {
         Some(middle(&above)? / middle(&below)?)
     }
 
-    /// The ratio between near cores; between distant ones, if not both set-ups were measured between near ones.
+    /// The ratio between near cores; between distant ones, if not both set-ups were measured between near ones; or of
+    /// all samples, if they have no such cores in common.
     fn best_known(&self, above: &str, below: &str, samples: impl Fn(&Row) -> Vec<Sample>) -> Option<f64> {
         let ratios = Cores::BOTH.map(|cores| self.ratio(above, below, |row| cores.of(&samples(row))));
-        ratios.into_iter().flatten().next()
+        let all = || self.ratio(above, below, |row| samples(row).iter().map(|sample| sample.mpps).collect());
+        ratios.into_iter().flatten().next().or_else(all)
     }
 
     /// Whether every goal that was measured is met.
