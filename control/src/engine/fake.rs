@@ -118,7 +118,7 @@ impl DataPlane for FakeEngine {
     }
 
     fn wire(&self, _ifindex: u32) -> Result<WireView, EngineError> {
-        Ok(WireView { queues: 2, mtu: 1500 })
+        Ok(WireView { queues: 2, mtu: 1500, from_any_cpu: true })
     }
 
     fn steer(&mut self, port: u32, queue: u32, _socket: BorrowedFd<'_>) -> Result<(), EngineError> {

@@ -151,8 +151,9 @@ impl<K: DataPlane, U: UserPlane> JointEngine<K, U> {
             }
             let ifindex = of_uplink.config.ifindex;
             match self.kernel.wire(ifindex) {
-                Ok(WireView { queues, mtu }) => {
-                    let redirect = of_uplink.config.flags & port_flag::XDP_TARGET != 0;
+                Ok(WireView { queues, mtu, from_any_cpu }) => {
+                    let is_target = of_uplink.config.flags & port_flag::XDP_TARGET != 0;
+                    let redirect = is_target && from_any_cpu;
                     wires.push(Wire { uplink, trunk: *trunk, ifindex, queues, mtu, redirect });
                 }
                 Err(error) => drop(notes.insert(uplink, vec![by_tap(&error.to_string())])),

@@ -49,7 +49,7 @@ pub struct Wire {
     pub queues: u32,
     /// MTU.
     pub mtu: u32,
-    /// Its driver takes frames that XDP redirects to it, at present.
+    /// Its driver takes frames that XDP redirects to it, at present, whichever CPU sends them.
     pub redirect: bool,
 }
 

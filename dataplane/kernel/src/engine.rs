@@ -111,7 +111,9 @@ impl Engine {
     pub fn wire(&self, ifindex: u32) -> Result<WireView, EngineError> {
         let failed = || EngineError::io(format!("looking at the queues of interface {ifindex}"));
         let queues = ethtool::receive_queues(ifindex).map_err(failed())?;
-        Ok(WireView { queues, mtu: ethtool::mtu(ifindex).map_err(failed())? })
+        let mtu = ethtool::mtu(ifindex).map_err(failed())?;
+        let from_any_cpu = ethtool::takes_from_any_cpu(ifindex).map_err(failed())?;
+        Ok(WireView { queues, mtu, from_any_cpu })
     }
 
     /// From now on sends what a queue of an uplink receives for the userspace engine to an AF_XDP socket that is bound to

@@ -89,6 +89,8 @@ pub struct WireView {
     pub queues: u32,
     /// MTU.
     pub mtu: u32,
+    /// If its driver takes redirected frames, then from every CPU.
+    pub from_any_cpu: bool,
 }
 
 /// How often a map was written.

@@ -50,7 +50,7 @@ pub struct XdpOptions {
     pub zero_copy: bool,
     /// The longest frame that may be sent, in bytes with Ethernet header and two tags.
     pub longest: usize,
-    /// Whether the device takes frames that XDP redirects to it (its feature `ndo-xmit`). Without zero copy, frames that fit a chunk are
+    /// Whether the device takes frames that XDP redirects to it (its feature `ndo-xmit`), from the CPUs of all workers. Without zero copy, frames that fit a chunk are
     /// sent so then.
     pub redirect: bool,
 }
