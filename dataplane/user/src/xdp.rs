@@ -121,7 +121,7 @@ struct Socket {
     unsent: AtomicBool,
     /// The shorter way out, if the device has it. Here, since to close a tap takes the kernel a while.
     redirector: Option<Redirector>,
-    /// Somebody has removed its tap, or set it down.
+    /// Somebody has removed its tap.
     is_cut_off: AtomicBool,
     /// Behind `fd`, and so dropped when that is closed.
     left: Left,

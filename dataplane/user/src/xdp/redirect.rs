@@ -30,7 +30,7 @@ pub(super) enum Written {
     Redirected,
     /// There was no memory for it.
     Refused,
-    /// The tap is gone, or down.
+    /// The tap is gone.
     Gone,
 }
 

@@ -1,5 +1,8 @@
 //! What a process leaves behind when it dies in the middle, and what the next one makes of it.
 
+use crate::vhost::ring::SplitRing;
+use crate::vhost::split::Split;
+use crate::vhost::virtqueue::{Position, Virtqueue};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::setup::{BUFFERS, FEATURES, FROM_GUEST, Rig, frame};
@@ -36,6 +39,28 @@ fn chains_of_a_dead_process_are_served_first_and_in_order() {
     assert_eq!(firsts, [2, 0, 2, 3]);
     assert_eq!(rig.ring.device_index(&rig.ram), 4);
     assert!(rig.receive().is_empty());
+}
+
+/// A driver that has its buffers used in order counts on it.
+#[test]
+fn chains_that_are_left_keep_their_order_when_the_next_process_dies_too() {
+    let area = area(2, 8);
+    let rig = Rig::new(FROM_GUEST, 8, FEATURES);
+    let mut dead = area.queue(FROM_GUEST, 8).unwrap().unwrap();
+    dead.recover(0).unwrap();
+    dead.take(2);
+    dead.take(0);
+    let mut next = area.queue(FROM_GUEST, 8).unwrap().unwrap();
+    let left = next.recover(0).unwrap();
+    let ring = SplitRing::new(&rig.common.memory, &rig.addresses(), 8).unwrap();
+    let mut split = Split::new(ring, false, Position { available: 2, used: 0 }, left, Some(next), None);
+    let (first, _) = split.first().unwrap().unwrap();
+    assert_eq!(first, 2);
+    // It has taken the first, and dies before it shows it.
+    split.complete(first, 0);
+    drop(split);
+    let mut third = area.queue(FROM_GUEST, 8).unwrap().unwrap();
+    assert_eq!(third.recover(0).unwrap(), [2, 0]);
 }
 
 #[test]
