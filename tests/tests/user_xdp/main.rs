@@ -21,7 +21,8 @@ use sluice_tests::api::{list, text};
 use sluice_tests::netns;
 use sluice_tests::{Netns, PacketSocket, lab_guest, wait_until};
 use sluice_user::engine::Engine;
-use sluice_user::frame::{Region, RegionLayout};
+use sluice_user::frame::{Pool, Region, RegionLayout};
+use sluice_user::port::{Batch, Transmit as _};
 use sluice_user::workers::{Patience, QueueId, Workers};
 use sluice_user::xdp::{self, SocketStatistics, Steering, XdpError, XdpMode, XdpMonitor, XdpOptions};
 
@@ -311,6 +312,34 @@ fn frames_are_redirected_to_a_device_that_takes_them() -> Result<()> {
     let Setting { region, workers, engine, .. } = setting;
     drop((workers, engine));
     ensure!(region.outstanding() == 0, "{} chunks are missing", region.outstanding());
+    Ok(())
+}
+
+#[test]
+fn a_redirected_frame_overtakes_none_that_goes_by_the_socket() -> Result<()> {
+    let netns = wires("uxdp-order", 1600)?;
+    netns.run(&["ethtool", "-K", "far0", "gro", "on"])?;
+    let region = Region::new(RegionLayout { small: 4096, large: 1 })?;
+    let ifindex = netns.ifindex("near0")?.context("no such interface")?;
+    let options = XdpOptions { redirect: true, ..XdpOptions::default() };
+    let mut queue = netns.enter(|| Ok(xdp::open(ifindex, 0, &region, &options)?))?;
+    ensure!(queue.mode().redirect, "{:?}", queue.mode());
+    let far = PacketSocket::open(&netns, "far0")?;
+    let mut pool = Pool::new(&region);
+    for number in (0..200).step_by(2) {
+        // The long one waits in the ring until the port is flushed.
+        for (number, length) in [(number, options.longest), (number + 1, 60)] {
+            let mut batch = Batch::new();
+            batch.push(pool.copy(&frame(1, number, length)).context("memory")?);
+            ensure!(queue.transmit.transmit(&mut pool, &mut batch) == 1, "frame {number} was not sent");
+            batch.give(&mut pool);
+        }
+        queue.transmit.flush();
+        for (number, length) in [(number, options.longest), (number + 1, 60)] {
+            let found = far.expect(&format!("frame {number}"), PATIENCE, is_ours)?;
+            ensure!(found == frame(1, number, length), "another frame came before frame {number}");
+        }
+    }
     Ok(())
 }
 
